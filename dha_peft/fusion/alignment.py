@@ -1,0 +1,136 @@
+"""Alignment: the shared head of a group, the maps into it and the maps out of it, in closed form (ours).
+
+For a group of heads `W_i` (`d x E`) with input moment `C` and error metrics `M_i`, the shared head `S = sum_i A_i W_i`
+and the read-outs `B_i` minimise `sum_i E || M_i^(1/2) (W_i - B_i S) x ||^2`. With `X_i = M_i^(1/2) W_i C^(1/2)` stacked,
+this is a truncated SVD, and it needs only the Gram matrices `W_i C W_j^T`. Rotary pairs may only be multiplied by complex numbers:
+there the same problem splits into one rank-1 Hermitian problem per pair.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .heads import FrameLayout, HeadMaps
+
+
+@dataclass
+class WeightedGram:
+    """Gram matrices of `M_i^(1/2) W_i C^(1/2)` for one group of `n` heads: `pair` `[P, n, n]` complex Hermitian,
+    `full` `[n R, n R]` symmetric."""
+
+    pair: Tensor
+    full: Tensor
+    rest: int
+
+    def parts(self) -> list[tuple[Tensor, int]]:
+        """(matrices, how many top directions a shared head keeps of each)."""
+        parts = [(self.pair, 1)] if self.pair.shape[0] else []
+        return parts + ([(self.full, self.rest)] if self.rest else [])
+
+    def error(self) -> Tensor:
+        """Weighted energy that one shared head loses (METHOD: `e_K`, `e_V`), a scalar."""
+        losses = [torch.linalg.eigvalsh(matrix)[..., :-keep].clamp_min(0).sum() for matrix, keep in self.parts()]
+        return torch.stack(losses).sum()
+
+
+@dataclass
+class GroupFrame:
+    """Maps of one group's members, in group order: `into` (`A_i`) and `out` (`B_i`)."""
+
+    into: HeadMaps
+    out: HeadMaps
+
+
+def pair_gram(gram: Tensor, layout: FrameLayout) -> Tensor:
+    """Complex Gram per rotary pair, `kappa_i C kappa_j^H` with `kappa = row_a + i row_b`: `[H, H, d, d]` to `[P, H, H]`."""
+    a, b = layout.pairs.unbind(1)
+    real = gram[..., a, a] + gram[..., b, b]
+    imag = gram[..., b, a] - gram[..., a, b]
+    return torch.complex(real, imag).permute(2, 0, 1)
+
+
+def pair_weights(metric: Tensor, layout: FrameLayout) -> Tensor:
+    """Mean metric of the two rows of a pair: `[H, d, d]` to `[P, H]`."""
+    diagonal = metric.diagonal(dim1=-2, dim2=-1)
+    return diagonal[:, layout.pairs].mean(-1).T
+
+
+def rest_gram(gram: Tensor, layout: FrameLayout) -> Tensor:
+    """Gram of the free rows, `[H, H, d, d]` to `[H, H, R, R]`."""
+    return gram[..., layout.rest[:, None], layout.rest]
+
+
+def weighted_gram(gram: Tensor, metric: Tensor, layout: FrameLayout, members: list[int]) -> WeightedGram:
+    """The group's Gram matrices under its metrics, from `head_gram` `[H, H, d, d]` and metrics `[H, d, d]`."""
+    gram, metric = gram[members][:, members], metric[members]
+    root = pair_weights(metric, layout).clamp_min(0).sqrt()
+    pair = root[:, :, None] * pair_gram(gram, layout) * root[:, None, :]
+    sqrt = matrix_sqrt(metric[:, layout.rest[:, None], layout.rest])
+    full = sqrt[:, None] @ rest_gram(gram, layout) @ sqrt[None, :]
+    size = len(members) * len(layout.rest)
+    return WeightedGram(pair, full.transpose(1, 2).reshape(size, size), len(layout.rest))
+
+
+def align_group(gram: Tensor, metric: Tensor, layout: FrameLayout, members: list[int]) -> GroupFrame:
+    """Shared head and frames of one group in closed form. A group of one gets identity maps.
+
+    The shared head is scaled to the mean norm of the heads that it replaces, so that later training sees weights of
+    the usual size.
+    """
+    count = len(members)
+    if count == 1:
+        maps = HeadMaps.identity(1, layout, dtype=gram.dtype, device=gram.device)
+        return GroupFrame(maps, maps)
+    weighted = weighted_gram(gram, metric, layout, members)
+    gram, metric = gram[members][:, members], metric[members]
+    pair_in, pair_out = _align_pairs(weighted.pair, pair_gram(gram, layout), pair_weights(metric, layout))
+    full_in, full_out = _align_full(weighted, rest_gram(gram, layout), metric[:, layout.rest[:, None], layout.rest])
+    return GroupFrame(HeadMaps(pair_in, full_in), HeadMaps(pair_out, full_out))
+
+
+def _align_pairs(weighted: Tensor, gram: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Complex factors into and out of the shared pair, each `[n, P, 2]`."""
+    count = weights.shape[1]
+    if not len(weighted):
+        empty = weights.new_zeros(count, 0, 2)
+        return empty, empty
+    top = torch.linalg.eigh(weighted).eigenvectors[..., -1]
+    into = top.conj() * weights.clamp_min(0).sqrt()
+    energy = torch.einsum("pi,pij,pj->p", into, gram, into.conj()).real
+    wanted = gram.diagonal(dim1=1, dim2=2).real.mean(1)
+    into = into * (wanted / energy.clamp_min(torch.finfo(wanted.dtype).tiny)).sqrt()[:, None]
+    cross = torch.einsum("pij,pj->pi", gram, into.conj())
+    out = cross / wanted.clamp_min(torch.finfo(wanted.dtype).tiny)[:, None]
+    return tuple(torch.view_as_real(maps.T.resolve_conj()).contiguous() for maps in (into, out))
+
+
+def _align_full(weighted: WeightedGram, gram: Tensor, metric: Tensor) -> tuple[Tensor, Tensor]:
+    """Matrices into and out of the shared free rows, each `[n, R, R]`."""
+    count, size = metric.shape[0], weighted.rest
+    if not size:
+        empty = metric.new_zeros(count, 0, 0)
+        return empty, empty
+    values, vectors = torch.linalg.eigh(weighted.full)
+    values, vectors = values[-size:], vectors[:, -size:].reshape(count, size, size)
+    floor = values[-1].clamp_min(torch.finfo(values.dtype).tiny) * torch.finfo(values.dtype).eps
+    into = vectors.transpose(1, 2) @ matrix_sqrt(metric) / values.clamp_min(floor).sqrt()[:, None]
+    # In this frame the shared head's outputs are white; give them the mean energy of the heads they replace.
+    scale = _mean_norm(gram, size)
+    out = torch.einsum("ijab,jcb->iac", gram, into)
+    return into * scale, out / scale
+
+
+def _mean_norm(gram: Tensor, size: int) -> Tensor:
+    own = gram.diagonal(dim1=0, dim2=1).diagonal(dim1=0, dim2=1)
+    return (own.sum() / (gram.shape[0] * size)).clamp_min(torch.finfo(gram.dtype).tiny).sqrt()
+
+
+def matrix_sqrt(matrix: Tensor) -> Tensor:
+    """Symmetric square root of positive semi-definite matrices `[..., n, n]`."""
+    if not matrix.shape[-1]:
+        return matrix
+    values, vectors = torch.linalg.eigh(matrix)
+    return (vectors * values.clamp_min(0).sqrt()[..., None, :]) @ vectors.transpose(-1, -2)

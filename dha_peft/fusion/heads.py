@@ -1,0 +1,113 @@
+"""Heads as tensors: how a layer's attention weights are laid out, and the maps that turn a head into another frame.
+
+Shapes used in this room: `H` heads, `d` head size, `E` input size (hidden size, plus one when biases ride along as
+an input that is always 1), `P` rotary pairs, `R` remaining dimensions of a head (`2 P + R = d`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class FrameLayout:
+    """Which dimensions of a head a change of frame may mix.
+
+    `pairs` `[P, 2]`: dimensions that the position encoding rotates together; only a complex factor per pair commutes
+    with it. `rest` `[R]`: dimensions without positions, which take any `R x R` map. Values and keys of models
+    without rotary positions have `P = 0`.
+    """
+
+    pairs: Tensor
+    rest: Tensor
+
+    @classmethod
+    def full(cls, head_dim: int) -> FrameLayout:
+        """Every dimension may mix with every other: values, and keys without rotary positions."""
+        return cls(torch.empty(0, 2, dtype=torch.long), torch.arange(head_dim))
+
+    @classmethod
+    def rotary(cls, head_dim: int, rotary_dim: int | None = None, interleaved: bool = False) -> FrameLayout:
+        """The first `rotary_dim` dimensions rotate in pairs `(f, f + rotary_dim / 2)`, or `(2 f, 2 f + 1)` when
+        `interleaved`; the others are free."""
+        rotary_dim = head_dim if rotary_dim is None else rotary_dim
+        first = torch.arange(rotary_dim // 2)
+        pairs = torch.stack([2 * first, 2 * first + 1] if interleaved else [first, first + rotary_dim // 2], dim=1)
+        return cls(pairs, torch.arange(rotary_dim, head_dim))
+
+    @property
+    def head_dim(self) -> int:
+        return 2 * len(self.pairs) + len(self.rest)
+
+    def to(self, device: torch.device | str) -> FrameLayout:
+        return FrameLayout(self.pairs.to(device), self.rest.to(device))
+
+
+@dataclass
+class AttentionWeights:
+    """One attention block, independent of its family.
+
+    `query` `[Hq, d, E]`, `key` and `value` `[H, d, E]`, `output` `[Hq, D, d]`; `Hq` is a multiple of `H`, and query
+    head `q` reads KV head `q * H // Hq`. Biases, where there are any, are the last input column (`E = D + 1`).
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    output: Tensor
+
+    @property
+    def num_heads(self) -> int:
+        return self.key.shape[0]
+
+    @property
+    def head_dim(self) -> int:
+        return self.key.shape[1]
+
+    @property
+    def queries_per_head(self) -> int:
+        return self.query.shape[0] // self.num_heads
+
+    def to(self, *args, **kwargs) -> AttentionWeights:
+        return AttentionWeights(*(t.to(*args, **kwargs) for t in (self.query, self.key, self.value, self.output)))
+
+
+@dataclass
+class HeadMaps:
+    """One linear map per head, of the kind that its layout allows: `pair` `[H, P, 2]` holds complex factors as
+    (real, imaginary), `full` `[H, R, R]` holds matrices that act from the left."""
+
+    pair: Tensor
+    full: Tensor
+
+    @classmethod
+    def identity(cls, num_heads: int, layout: FrameLayout, **kwargs) -> HeadMaps:
+        pair = torch.zeros(num_heads, len(layout.pairs), 2, **kwargs)
+        pair[..., 0] = 1
+        return cls(pair, torch.eye(len(layout.rest), **kwargs).repeat(num_heads, 1, 1))
+
+    def apply(self, heads: Tensor, layout: FrameLayout) -> Tensor:
+        """Map each head's rows: `heads` `[H, d, E]` to `[H, d, E]`."""
+        mapped = torch.empty_like(heads)
+        if len(layout.pairs):
+            first, second = layout.pairs.unbind(1)
+            real, imag = self.pair[..., 0, None], self.pair[..., 1, None]
+            a, b = heads[:, first], heads[:, second]
+            mapped[:, first] = real * a - imag * b
+            mapped[:, second] = real * b + imag * a
+        if len(layout.rest):
+            mapped[:, layout.rest] = self.full @ heads[:, layout.rest]
+        return mapped
+
+    def transpose(self) -> HeadMaps:
+        """The adjoint maps: what a query must do when its key is read through these maps."""
+        return HeadMaps(self.pair * self.pair.new_tensor([1.0, -1.0]), self.full.transpose(1, 2))
+
+    def select(self, heads: list[int] | Tensor) -> HeadMaps:
+        return HeadMaps(self.pair[heads], self.full[heads])
+
+    def to(self, *args, **kwargs) -> HeadMaps:
+        return HeadMaps(self.pair.to(*args, **kwargs), self.full.to(*args, **kwargs))
