@@ -1,0 +1,161 @@
+"""From a base model, a plan and collapsed attention weights to the merged model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..plan import DHAPlan
+from .configuration_dha import CONFIGS
+from .families import Family, family_of
+from .maps import HeadMaps, neighbour_order
+from .modeling_dha import MODELS
+
+LayerWeights = Mapping[str, Tensor]
+
+
+def build_merged(
+    base_model: PreTrainedModel, plan: DHAPlan, layer_weights: Sequence[LayerWeights], *, share: bool = True
+) -> PreTrainedModel:
+    """The merged model: the base with the attention of every layer replaced by its collapsed heads.
+
+    Args:
+        base_model: a causal model, a bare trunk or a task head of a supported family, without adapters.
+        plan: groups of every layer, over the base's KV heads.
+        layer_weights: per layer, in `nn.Linear` layout, `"q" [H*d, D]`, `"k" [Hk*d, D]`, `"v" [Hv*d, D]`,
+            `"o" [D, H*d]`, and biases `"q_bias"`, `"k_bias"`, `"v_bias"`, `"o_bias"` where the family has them. A bias
+            that the family has and the dict lacks becomes zero. They are cast to the base's dtype and device.
+        share: reuse the base's other tensors (no extra memory, but training one changes the other) or copy them.
+
+    Returns:
+        The `Dha...` class of the same task, in the base's mode (train or eval), all floating parameters trainable.
+        Where it makes equal (key, value) pairs neighbours, the query heads of a layer are permuted (rows of q,
+        columns of o): the function stays the same, and stock attention then works on the pairs.
+
+    Raises:
+        ValueError: unsupported, quantized or already merged base; plan or weights that do not fit it.
+    """
+    family = family_of(base_model.config.model_type)
+    _check_base(base_model, plan, layer_weights)
+    orders = [_query_order(layer, base_model.config.num_attention_heads, family) for layer in plan.layers]
+    with torch.device("meta"):
+        merged = _merged_class(base_model, family)(_merged_config(base_model.config, family, plan, orders))
+    _take_tensors(merged, base_model, share)
+    targets = zip(family.attentions(merged.base_model), family.attentions(base_model.base_model), strict=True)
+    for index, (target, source) in enumerate(targets):
+        head_dim = target.head_dim
+        weights = _permuted(layer_weights[index], orders[index], head_dim)
+        for name in ("q", "k", "v", "o"):
+            _fill(getattr(target, getattr(family, name)), weights, name, index, getattr(source, getattr(family, name)))
+    return _finish(merged, base_model)
+
+
+def _check_base(base: PreTrainedModel, plan: DHAPlan, layer_weights: Sequence[LayerWeights]) -> None:
+    config = base.config
+    if getattr(base, "is_quantized", False) or getattr(config, "quantization_config", None):
+        raise ValueError("the base model is quantized, and heads are fused in full precision; call `dequantize()` first.")
+    layers = config.num_hidden_layers
+    if len(plan.layers) != layers or len(layer_weights) != layers:
+        raise ValueError(
+            f"the base has {layers} layers, the plan {len(plan.layers)} and `layer_weights` {len(layer_weights)}; "
+            "all three must agree."
+        )
+    for index, layer in enumerate(plan.layers):
+        if layer.num_heads != config.num_key_value_heads:
+            raise ValueError(
+                f"layer {index} of the plan groups {layer.num_heads} heads, but the base has "
+                f"{config.num_key_value_heads} KV heads; make the plan over the base's KV heads."
+            )
+
+
+def _query_order(layer: Any, num_query_heads: int, family: Family) -> list[int]:
+    if not family.reorder:
+        return list(range(num_query_heads))
+    return neighbour_order(layer.key_map(num_query_heads), layer.value_map(num_query_heads))
+
+
+def _merged_config(base_config: Any, family: Family, plan: DHAPlan, orders: list[list[int]]) -> Any:
+    fields = copy.deepcopy(base_config.to_dict())
+    for name in ("model_type", "architectures", "transformers_version", "auto_map"):
+        fields.pop(name, None)
+    heads = base_config.num_attention_heads
+    maps = {
+        "key_head_map": [_reordered(layer.key_map(heads), order) for layer, order in zip(plan.layers, orders)],
+        "value_head_map": [_reordered(layer.value_map(heads), order) for layer, order in zip(plan.layers, orders)],
+    }
+    config = CONFIGS[family.merged_type](**fields, **maps, dha_plan=plan.to_dict())
+    config._attn_implementation = base_config._attn_implementation
+    config._name_or_path = base_config._name_or_path
+    return config
+
+
+def _merged_class(base: PreTrainedModel, family: Family) -> type:
+    by_base = {family.base_class(end): MODELS[family.merged_type][auto] for auto, end in family.tasks().items()}
+    for cls in type(base).__mro__:
+        if cls in by_base:
+            return by_base[cls]
+    names = ", ".join(cls.__name__ for cls in by_base)
+    raise ValueError(f"`{type(base).__name__}` has no merged counterpart; pass one of {names}, without any wrapper.")
+
+
+def _take_tensors(merged: PreTrainedModel, base: PreTrainedModel, share: bool) -> None:
+    """Fill the merged model's meta tensors from the base's of the same name; tied parameters stay tied."""
+    taken: dict[int, Tensor] = {}
+    for name, module in merged.named_modules():
+        if isinstance(module, HeadMaps):
+            module.to_empty(device=next(base.parameters()).device)
+            module.reset_buffers()
+            continue
+        try:
+            source = base.get_submodule(name)
+        except AttributeError:
+            continue
+        for key, tensor in (*source.named_parameters(recurse=False), *source.named_buffers(recurse=False)):
+            if id(tensor) not in taken:
+                data = tensor.detach() if share else tensor.detach().clone()
+                taken[id(tensor)] = nn.Parameter(data, data.is_floating_point()) if isinstance(tensor, nn.Parameter) else data
+            setattr(module, key, taken[id(tensor)])
+
+
+def _permuted(weights: LayerWeights, order: list[int], head_dim: int) -> dict[str, Tensor]:
+    if order == list(range(len(order))):
+        return dict(weights)
+    rows = torch.cat([torch.arange(head * head_dim, (head + 1) * head_dim) for head in order])
+    moved = {name: weights[name][rows.to(weights[name].device)] for name in ("q", "q_bias") if name in weights}
+    moved["o"] = weights["o"][:, rows.to(weights["o"].device)]
+    return {**weights, **moved}
+
+
+@torch.no_grad()
+def _fill(linear: nn.Linear, weights: LayerWeights, name: str, layer: int, source: nn.Linear) -> None:
+    """Give one projection its collapsed weight and bias, in the dtype and on the device of the base's projection."""
+    like = source.weight
+    weight, bias = weights[name], weights.get(f"{name}_bias")
+    shape = (linear.out_features, linear.in_features)
+    if tuple(weight.shape) != shape:
+        raise ValueError(f"`{name}` of layer {layer} has shape {tuple(weight.shape)}, but the plan needs {shape}.")
+    if bias is not None and source.bias is None:
+        raise ValueError(f"layer {layer} has a `{name}_bias`, but this family's {name} projection has no bias.")
+    linear.weight = nn.Parameter(weight.detach().to(like.device, like.dtype, copy=True))
+    if source.bias is not None:
+        bias = like.new_zeros(shape[0]) if bias is None else bias.detach().to(like.device, like.dtype, copy=True)
+        linear.bias = nn.Parameter(bias)
+
+
+def _finish(merged: PreTrainedModel, base: PreTrainedModel) -> PreTrainedModel:
+    if getattr(base, "generation_config", None) is not None and merged.can_generate():
+        merged.generation_config = copy.deepcopy(base.generation_config)
+    left = [name for name, tensor in (*merged.named_parameters(), *merged.named_buffers()) if tensor.is_meta]
+    if left:
+        raise ValueError(f"the base model has no tensors for {left}; load it fully before the collapse.")
+    merged.config.dtype = base.config.dtype
+    return merged.train(base.training)
+
+
+def _reordered(row: list[int], order: list[int]) -> list[int]:
+    return [row[index] for index in order]

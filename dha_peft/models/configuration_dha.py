@@ -1,0 +1,107 @@
+"""Configs of the merged models: the base family's config plus, per layer, which heads each query head reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .families import FAMILIES, Family
+
+HeadMap = list[list[int]]
+
+
+class DhaConfigMixin:
+    """Fields that a merged model adds to its family's config.
+
+    Args:
+        key_head_map: `[layers][query heads]`, the key head that each query head reads.
+        value_head_map: `[layers][query heads]`, the value head that each query head reads.
+        num_key_heads: key heads of each layer; follows from `key_head_map` if not given.
+        num_value_heads: value heads of each layer; follows from `value_head_map` if not given.
+        dha_plan: the plan that the model was collapsed by (`DHAPlan.to_dict()`), kept as a record.
+
+    Without maps the config describes its family's own layout (`num_key_value_heads` heads of each kind).
+    `num_key_value_heads` stays the base model's; where keys and values have equal counts in every layer,
+    `per_layer_config[i].num_key_value_heads` carries them for readers that know that standard field.
+
+    Raises:
+        ValueError: a map does not fit the number of layers or query heads, or skips a head.
+    """
+
+    dha_family: Family
+
+    def __post_init__(
+        self,
+        key_head_map: HeadMap | None = None,
+        value_head_map: HeadMap | None = None,
+        num_key_heads: list[int] | None = None,
+        num_value_heads: list[int] | None = None,
+        dha_plan: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__post_init__(**kwargs)
+        self.key_head_map = self._checked("key_head_map", key_head_map)
+        self.value_head_map = self._checked("value_head_map", value_head_map)
+        self.num_key_heads = _counts("num_key_heads", num_key_heads, self.key_head_map)
+        self.num_value_heads = _counts("num_value_heads", num_value_heads, self.value_head_map)
+        self.dha_plan = dha_plan
+        self.auto_map = auto_map(self.dha_family)
+        self.base_model_tp_plan = _replicated_attention(self.dha_family, self.base_model_tp_plan)
+        self._set_per_layer_config()
+
+    def _checked(self, name: str, head_map: HeadMap | None) -> HeadMap:
+        heads, layers = self.num_attention_heads, self.num_hidden_layers
+        if head_map is None:
+            kv_heads = self._getattr_without_heterogeneous_validation("num_key_value_heads")
+            return [[query * kv_heads // heads for query in range(heads)] for _ in range(layers)]
+        if len(head_map) != layers:
+            raise ValueError(f"`{name}` has {len(head_map)} layers, but `num_hidden_layers` is {layers}; give one list each.")
+        for index, row in enumerate(head_map):
+            if len(row) != heads or set(row) != set(range(max(row) + 1)):
+                raise ValueError(
+                    f"`{name}[{index}]` is {row}; it needs {heads} entries, one per query head, "
+                    "and every head from 0 to the largest must be read by some query head."
+                )
+        return [[int(head) for head in row] for row in head_map]
+
+    def _set_per_layer_config(self) -> None:
+        if self.num_key_heads != self.num_value_heads:
+            return
+        base = self._getattr_without_heterogeneous_validation("num_key_value_heads")
+        if any(count != base for count in self.num_key_heads):
+            self.allow_global_per_layer_attribute_access = True
+            self.per_layer_config = {i: {"num_key_value_heads": n} for i, n in enumerate(self.num_key_heads)}
+
+
+def auto_map(family: Family) -> dict[str, str]:
+    """Auto class -> "file.class" for every class of a family; goes into config.json for `trust_remote_code`."""
+    entries = {auto: f"modeling_dha.Dha{family.prefix}{ending}" for auto, ending in family.tasks().items()}
+    return {"AutoConfig": f"configuration_dha.Dha{family.prefix}Config", **entries}
+
+
+def _counts(name: str, counts: list[int] | None, head_map: HeadMap) -> list[int]:
+    derived = [max(row) + 1 for row in head_map]
+    if counts is not None and list(counts) != derived:
+        raise ValueError(f"`{name}` is {list(counts)}, but the head map has {derived} heads; leave `{name}` out.")
+    return derived
+
+
+def _replicated_attention(family: Family, plan: dict[str, str] | None) -> dict[str, str] | None:
+    """Head maps reach across ranks, so tensor parallelism gathers the attention's projections."""
+    if plan is None:
+        return None
+    inputs = tuple(f".{family.attention}.{name}" for name in (family.q, family.k, family.v))
+    output = f".{family.attention}.{family.o}"
+    styles = {key: "colwise_gather_output" if key.endswith(inputs) else style for key, style in plan.items()}
+    return {key: "rowwise_split_input" if key.endswith(output) else style for key, style in styles.items()}
+
+
+def _config_class(family: Family) -> type:
+    name = f"Dha{family.prefix}Config"
+    body = {"__module__": __name__, "__doc__": DhaConfigMixin.__doc__, "model_type": family.merged_type, "dha_family": family}
+    cls = type(name, (DhaConfigMixin, family.base_class("Config")), body)
+    cls.register_for_auto_class("AutoConfig")
+    return cls
+
+
+CONFIGS: dict[str, type] = {family.merged_type: _config_class(family) for family in FAMILIES.values()}
+globals().update({cls.__name__: cls for cls in CONFIGS.values()})

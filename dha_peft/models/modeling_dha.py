@@ -1,0 +1,70 @@
+"""The merged models of all families, made from the table in `families.py`.
+
+`DhaLlamaModel`, `DhaLlamaForCausalLM`, `DhaLlamaForSequenceClassification`, ... are the family's own classes with
+`DhaMixin` before them. This file and those that it imports are saved with every checkpoint (remote code).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import AutoModel, GenerationMixin
+
+from .attention import DhaAttention, attention_class, convert_attention
+from .configuration_dha import CONFIGS
+from .families import FAMILIES, TASKS, Family
+from .maps import HeadMaps
+
+
+class DhaMixin:
+    """Builds the family's model and turns its attention modules into merged ones."""
+
+    dha_family: Family
+    dha_attention_class: type
+    dha_trunk_class: type
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        # The families' task heads ask AutoModel for their trunk. In remote code `type(config)` may be loaded from
+        # another copy of the files than `config_class`, so the type at hand is the one to register.
+        AutoModel.register(type(config), self.dha_trunk_class, exist_ok=True)
+        super().__init__(config, *args, **kwargs)
+        trunk = self.base_model
+        if type(trunk) is not self.dha_trunk_class:
+            # Causal models build the family's plain trunk: same attributes, so it only changes its class.
+            trunk.__class__ = self.dha_trunk_class
+        for index, attention in enumerate(self.dha_family.attentions(trunk)):
+            if not isinstance(attention, DhaAttention):
+                convert_attention(attention, self.dha_attention_class, self.dha_family, config, index)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, HeadMaps):
+            module.reset_buffers()
+
+    def _get_static_cache_init_shape(self) -> None:
+        """Static caches are initialised at the first update: keys and values have different head counts."""
+        return None
+
+
+def _classes(family: Family) -> dict[str, type]:
+    """Auto class name -> merged class, for every task of a family."""
+    attention = attention_class(family, __name__)
+    globals()[attention.__name__] = attention
+    body = {"__module__": __name__, "dha_family": family, "dha_attention_class": attention}
+    body["config_class"] = CONFIGS[family.merged_type]
+    classes: dict[str, type] = {}
+    for auto, ending in family.tasks().items():
+        bases = (DhaMixin, family.base_class(ending)) + ((GenerationMixin,) if ending == "ForCausalLM" else ())
+        cls = type(f"Dha{family.prefix}{ending}", bases, {**body, "__doc__": f"{family.prefix}{ending} with fused heads."})
+        cls.register_for_auto_class(auto)
+        classes[auto] = cls
+    for cls in classes.values():
+        cls.dha_trunk_class = classes["AutoModel"]
+    return classes
+
+
+MODELS: dict[str, dict[str, type]] = {family.merged_type: _classes(family) for family in FAMILIES.values()}
+globals().update({cls.__name__: cls for classes in MODELS.values() for cls in classes.values()})
+__all__ = ["MODELS", "TASKS", *(cls.__name__ for classes in MODELS.values() for cls in classes.values())]
