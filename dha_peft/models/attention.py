@@ -69,9 +69,9 @@ def dha_attention(
     maps, name = module.dha_maps, module.config.model_config._attn_implementation
     scaling = module.head_dim**-0.5 if scaling is None else scaling
     # With a key and a value head for every query head there is nothing to group.
-    if maps.num_key_heads < query.shape[1] or maps.num_value_heads < query.shape[1]:
-        if takes_grouped_path(query, key, attention_mask, dropout, kwargs):
-            return decode_attention(query, key, value, maps, scaling, attention_mask, weights=name == "eager")
+    fused = min(maps.num_key_heads, maps.num_value_heads) < query.shape[1]
+    if fused and takes_grouped_path(query, key, attention_mask, dropout, kwargs):
+        return decode_attention(query, key, value, maps, scaling, attention_mask, weights=name == "eager")
     key, value = maps.expand(key, value)
     function = ALL_ATTENTION_FUNCTIONS.get_interface(name, module.eager_attention)
     return function(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)

@@ -58,7 +58,9 @@ def build_merged(
 def _check_base(base: PreTrainedModel, plan: DHAPlan, layer_weights: Sequence[LayerWeights]) -> None:
     config = base.config
     if getattr(base, "is_quantized", False) or getattr(config, "quantization_config", None):
-        raise ValueError("the base model is quantized, and heads are fused in full precision; call `dequantize()` first.")
+        raise ValueError(
+            "the base model is quantized, and heads are fused in full precision; call `dequantize()` first."
+        )
     layers = config.num_hidden_layers
     if len(plan.layers) != layers or len(layer_weights) != layers:
         raise ValueError(
@@ -118,7 +120,9 @@ def _take_tensors(merged: PreTrainedModel, base: PreTrainedModel, share: bool) -
         for key, tensor in (*source.named_parameters(recurse=False), *source.named_buffers(recurse=False)):
             if id(tensor) not in taken:
                 data = tensor.detach() if share else tensor.detach().clone()
-                taken[id(tensor)] = nn.Parameter(data, data.is_floating_point()) if isinstance(tensor, nn.Parameter) else data
+                taken[id(tensor)] = (
+                    nn.Parameter(data, data.is_floating_point()) if isinstance(tensor, nn.Parameter) else data
+                )
             setattr(module, key, taken[id(tensor)])
 
 

@@ -54,7 +54,9 @@ class DhaConfigMixin:
             kv_heads = self._getattr_without_heterogeneous_validation("num_key_value_heads")
             return [[query * kv_heads // heads for query in range(heads)] for _ in range(layers)]
         if len(head_map) != layers:
-            raise ValueError(f"`{name}` has {len(head_map)} layers, but `num_hidden_layers` is {layers}; give one list each.")
+            raise ValueError(
+                f"`{name}` has {len(head_map)} layers, but `num_hidden_layers` is {layers}; give one list each."
+            )
         for index, row in enumerate(head_map):
             if len(row) != heads or set(row) != set(range(max(row) + 1)):
                 raise ValueError(
@@ -97,7 +99,12 @@ def _replicated_attention(family: Family, plan: dict[str, str] | None) -> dict[s
 
 def _config_class(family: Family) -> type:
     name = f"Dha{family.prefix}Config"
-    body = {"__module__": __name__, "__doc__": DhaConfigMixin.__doc__, "model_type": family.merged_type, "dha_family": family}
+    body = {
+        "__module__": __name__,
+        "__doc__": DhaConfigMixin.__doc__,
+        "model_type": family.merged_type,
+        "dha_family": family,
+    }
     cls = type(name, (DhaConfigMixin, family.base_class("Config")), body)
     cls.register_for_auto_class("AutoConfig")
     return cls

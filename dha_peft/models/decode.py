@@ -86,7 +86,7 @@ def grouped_attention(
     Returns:
         Output `[B, H, T, d]` and probabilities `[B, H, T, S]`, in the query's dtype.
     """
-    batch, heads, length, _ = query.shape
+    batch, _, length, _ = query.shape
     rows = query.index_select(1, maps.key_rows).reshape(batch, maps.num_key_heads, -1, query.shape[-1])
     scores = torch.matmul(rows, key.transpose(2, 3)).reshape(batch, -1, length, key.shape[2])
     scores = scores.index_select(1, maps.key_slots).float() * scale

@@ -11,9 +11,9 @@ from typing import Any
 from torch import nn
 from transformers import AutoModel, GenerationMixin
 
-from .attention import DhaAttention, attention_class, convert_attention
+from .attention import attention_class, convert_attention
 from .configuration_dha import CONFIGS
-from .families import FAMILIES, TASKS, Family
+from .families import FAMILIES, Family
 from .maps import HeadMaps
 
 
@@ -29,14 +29,18 @@ class DhaMixin:
         # another copy of the files than `config_class`, so the type at hand is the one to register.
         AutoModel.register(type(config), self.dha_trunk_class, exist_ok=True)
         super().__init__(config, *args, **kwargs)
-        trunk = self.base_model
-        if type(trunk) is not self.dha_trunk_class:
-            # Causal models build the family's plain trunk: same attributes, so it only changes its class.
-            trunk.__class__ = self.dha_trunk_class
-        for index, attention in enumerate(self.dha_family.attentions(trunk)):
-            if not isinstance(attention, DhaAttention):
-                convert_attention(attention, self.dha_attention_class, self.dha_family, config, index)
+        if self.base_model is self:
+            self._convert_layers()
+        elif type(self.base_model) is not self.dha_trunk_class:
+            # Causal models build the family's plain trunk. On the meta device, where checkpoints are loaded, that is
+            # free; elsewhere it goes before the merged one is built.
+            setattr(self, self.base_model_prefix, None)
+            setattr(self, self.base_model_prefix, self.dha_trunk_class(config))
         self.post_init()
+
+    def _convert_layers(self) -> None:
+        for index, attention in enumerate(self.dha_family.attentions(self)):
+            convert_attention(attention, self.dha_attention_class, self.dha_family, self.config, index)
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -45,7 +49,6 @@ class DhaMixin:
 
     def _get_static_cache_init_shape(self) -> None:
         """Static caches are initialised at the first update: keys and values have different head counts."""
-        return None
 
 
 def _classes(family: Family) -> dict[str, type]:
@@ -57,7 +60,9 @@ def _classes(family: Family) -> dict[str, type]:
     classes: dict[str, type] = {}
     for auto, ending in family.tasks().items():
         bases = (DhaMixin, family.base_class(ending)) + ((GenerationMixin,) if ending == "ForCausalLM" else ())
-        cls = type(f"Dha{family.prefix}{ending}", bases, {**body, "__doc__": f"{family.prefix}{ending} with fused heads."})
+        cls = type(
+            f"Dha{family.prefix}{ending}", bases, {**body, "__doc__": f"{family.prefix}{ending} with fused heads."}
+        )
         cls.register_for_auto_class(auto)
         classes[auto] = cls
     for cls in classes.values():
@@ -67,4 +72,3 @@ def _classes(family: Family) -> dict[str, type]:
 
 MODELS: dict[str, dict[str, type]] = {family.merged_type: _classes(family) for family in FAMILIES.values()}
 globals().update({cls.__name__: cls for classes in MODELS.values() for cls in classes.values()})
-__all__ = ["MODELS", "TASKS", *(cls.__name__ for classes in MODELS.values() for cls in classes.values())]

@@ -1,0 +1,95 @@
+"""The grouped decode path against plain expansion, for ragged maps, masks and dtypes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from dha_peft.models import decode, set_attention_path, set_decode_kernel
+from dha_peft.models.decode import grouped_attention
+from dha_peft.models.maps import HeadMaps, neighbour_order, neighbour_pairs
+
+
+def random_maps(heads: int, keys: int, values: int) -> HeadMaps:
+    rows = [list(range(n)) + torch.randint(n, (heads - n,)).tolist() for n in (keys, values)]
+    return HeadMaps(*[[row[i] for i in torch.randperm(heads)] for row in rows])
+
+
+@pytest.fixture
+def reset_decode():
+    yield
+    set_attention_path("auto")
+    set_decode_kernel(None)
+
+
+@pytest.mark.parametrize("heads, keys, values", [(8, 3, 5), (7, 7, 1), (6, 1, 6), (12, 4, 4)])
+@pytest.mark.parametrize("mask_kind", [None, "bool", "additive"])
+def test_grouped_equals_expanded(heads, keys, values, mask_kind):
+    torch.manual_seed(heads)
+    maps, (batch, queries, length, dim) = random_maps(heads, keys, values), (3, 4, 17, 8)
+    query = torch.randn(batch, heads, queries, dim, dtype=torch.float64)
+    # A slice of a longer buffer: strides are not those of a contiguous tensor.
+    key = torch.randn(batch, keys, length + 5, dim, dtype=torch.float64)[:, :, 5:]
+    value = torch.randn(batch, values, length, dim, dtype=torch.float64)
+    mask = torch.rand(batch, 1, queries, length) > 0.3 if mask_kind else None
+    if mask_kind == "additive":
+        mask = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, -1e9)
+    out, probs = grouped_attention(query, key, value, maps, 0.3, mask)
+    full_key, full_value = key[:, maps.key_map], value[:, maps.value_map]
+    expected = scaled_dot_product_attention(query, full_key, full_value, attn_mask=mask, scale=0.3)
+    torch.testing.assert_close(out, expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(torch.matmul(probs, full_value), out)
+
+
+def test_decode_steps_are_grouped_and_equal_expansion(make_pair, prompts, reset_decode, monkeypatch):
+    _, merged = make_pair()
+    ids, mask = prompts
+    calls = []
+    monkeypatch.setattr(decode, "grouped_attention", lambda *a: calls.append(a[0].shape) or grouped_attention(*a))
+    options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "output_logits": True}
+    options["return_dict_in_generate"] = True
+    grouped = merged.generate(ids, **options)
+    assert set(calls) == {(2, 8, 1, 8)} and len(calls) == 2 * 5  # two layers, every step but the prefill
+    set_attention_path("expand")
+    expanded = merged.generate(ids, **options)
+    assert len(calls) == 2 * 5
+    torch.testing.assert_close(grouped.logits, expanded.logits, atol=1e-4, rtol=1e-4)
+
+
+def test_kernel_is_used_and_may_decline(make_pair, prompts, reset_decode):
+    _, merged = make_pair()
+    ids, mask = prompts
+    options = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False}
+    expected = merged.generate(ids, **options)
+    seen = []
+
+    def kernel(q, k, v, key_map, value_map, scale, mask=None):
+        seen.append((k.shape[1], v.shape[1]))
+        if len(seen) % 2:
+            return None
+        return scaled_dot_product_attention(q, k[:, key_map], v[:, value_map], attn_mask=mask, scale=scale)
+
+    set_decode_kernel(kernel)
+    assert torch.equal(merged.generate(ids, **options), expected)
+    assert set(seen) == {(4, 3), (4, 4)}
+    with pytest.raises(ValueError, match="choose one of auto, grouped, expand"):
+        set_attention_path("fast")
+
+
+def test_eager_returns_attention_weights_while_decoding(make_pair, prompts):
+    base, merged = make_pair(attn_implementation="eager")
+    ids, mask = prompts
+    options = {"attention_mask": mask, "max_new_tokens": 3, "do_sample": False, "output_attentions": True}
+    got, expected = (m.generate(ids, return_dict_in_generate=True, **options).attentions for m in (merged, base))
+    # Layer 0 keeps the order of its query heads, so the weights agree head by head.
+    for step, wanted in zip(got, expected, strict=True):
+        torch.testing.assert_close(step[0], wanted[0], atol=1e-4, rtol=1e-4)
+
+
+def test_pairs_are_only_used_where_neighbours_share_them():
+    assert neighbour_pairs([0, 0, 1, 1], [1, 1, 0, 0]) == [(0, 1), (1, 0)]
+    assert neighbour_pairs([0, 1, 0, 1], [0, 1, 0, 1]) == [(0, 0), (1, 1)] * 2
+    assert neighbour_pairs([0, 0, 0, 1], [0, 0, 0, 0]) == [(0, 0)] * 3 + [(1, 0)]
+    assert neighbour_order([0, 1, 0, 1], [0, 1, 0, 1]) == [0, 2, 1, 3]
+    assert neighbour_order([0, 1, 0, 0], [0, 1, 0, 0]) == [0, 1, 2, 3]
