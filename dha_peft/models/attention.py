@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .cache_view import CacheView
+from .cache_view import CacheView, update_paged
 from .decode import decode_attention, takes_grouped_path
 from .families import Family
 from .maps import HeadMaps
@@ -37,6 +37,19 @@ class AttentionConfig:
         if name == "model_config":  # not there yet while being copied or unpickled
             raise AttributeError(name)
         return getattr(self.model_config, name)
+
+
+class StockView:
+    """The attention module as stock attention functions see it: with the model's own config (flash reads its name)."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.config = module.config.model_config
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "module":
+            raise AttributeError(name)
+        return getattr(self.module, name)
 
 
 class DhaAttention(nn.Module):
@@ -68,13 +81,16 @@ def dha_attention(
     """
     maps, name = module.dha_maps, module.config.model_config._attn_implementation
     scaling = module.head_dim**-0.5 if scaling is None else scaling
+    if kwargs.get("cache") is not None:
+        key, value = update_paged(kwargs.pop("cache"), key, value, module, kwargs)
+        name = name.removeprefix("paged|")
     # With a key and a value head for every query head there is nothing to group.
     fused = min(maps.num_key_heads, maps.num_value_heads) < query.shape[1]
     if fused and takes_grouped_path(query, key, attention_mask, dropout, kwargs):
         return decode_attention(query, key, value, maps, scaling, attention_mask, weights=name == "eager")
     key, value = maps.expand(key, value)
     function = ALL_ATTENTION_FUNCTIONS.get_interface(name, module.eager_attention)
-    return function(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    return function(StockView(module), query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
 
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, dha_attention)

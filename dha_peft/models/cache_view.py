@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers.cache_utils import StaticLayer
 from transformers.utils import is_torchdynamo_compiling
 
@@ -39,3 +40,30 @@ def allocate_static(layer: StaticLayer, keys: Tensor, values: Tensor) -> None:
     if not is_torchdynamo_compiling():
         # The same tag that transformers sets: without it CUDA graphs are skipped.
         torch._dynamo.mark_static_address(layer.values)
+
+
+def update_paged(
+    cache: Any, keys: Tensor, values: Tensor, module: Any, kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Update a paged cache (continuous batching), whose pool has one head count for keys, values and all layers.
+
+    Args:
+        keys: `[1, Hk, T, d]`; values: `[1, Hv, T, d]`. Both are padded to the pool's `config.num_key_value_heads`,
+            which is the largest count in the model.
+        kwargs: the attention function's arguments, which the cache fills in place.
+
+    Returns:
+        All that is to be attended, `[1, Hk, S, d]` and `[1, Hv, S, d]`.
+
+    Raises:
+        ValueError: the pool is to be read by a kernel (block tables), which knows no head maps.
+    """
+    if kwargs.get("block_table") is not None:
+        raise ValueError(
+            "continuous batching wants to decode with flash attention's block tables, which do not know head maps; "
+            'set `max_blocks_per_request=0` in its config, or `attn_implementation="sdpa"`.'
+        )
+    pool = module.config.num_key_value_heads
+    padded = [pad(states, (0, 0, 0, 0, 0, pool - states.shape[1])) for states in (keys, values)]
+    everything = cache.update(*padded, layer_idx=module.layer_idx, kwargs=kwargs)
+    return everything[0][:, : keys.shape[1]], everything[1][:, : values.shape[1]]

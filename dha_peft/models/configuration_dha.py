@@ -20,8 +20,9 @@ class DhaConfigMixin:
         dha_plan: the plan that the model was collapsed by (`DHAPlan.to_dict()`), kept as a record.
 
     Without maps the config describes its family's own layout (`num_key_value_heads` heads of each kind).
-    `num_key_value_heads` stays the base model's; where keys and values have equal counts in every layer,
-    `per_layer_config[i].num_key_value_heads` carries them for readers that know that standard field.
+    `num_key_value_heads` is the largest count in any layer (what a cache with one count for all has to hold); where
+    keys and values have equal counts in every layer, `per_layer_config[i].num_key_value_heads` carries them for
+    readers that know that standard field.
 
     Raises:
         ValueError: a map does not fit the number of layers or query heads, or skips a head.
@@ -43,6 +44,7 @@ class DhaConfigMixin:
         self.value_head_map = self._checked("value_head_map", value_head_map)
         self.num_key_heads = _counts("num_key_heads", num_key_heads, self.key_head_map)
         self.num_value_heads = _counts("num_value_heads", num_value_heads, self.value_head_map)
+        self.num_key_value_heads = max(self.num_key_heads + self.num_value_heads)
         self.dha_plan = dha_plan
         self.auto_map = auto_map(self.dha_family)
         self.base_model_tp_plan = _replicated_attention(self.dha_family, self.base_model_tp_plan)
@@ -68,8 +70,7 @@ class DhaConfigMixin:
     def _set_per_layer_config(self) -> None:
         if self.num_key_heads != self.num_value_heads:
             return
-        base = self._getattr_without_heterogeneous_validation("num_key_value_heads")
-        if any(count != base for count in self.num_key_heads):
+        if len(set(self.num_key_heads)) > 1:
             self.allow_global_per_layer_attribute_access = True
             self.per_layer_config = {i: {"num_key_value_heads": n} for i, n in enumerate(self.num_key_heads)}
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from dha_peft.models import decode, set_attention_path, set_decode_kernel
 from dha_peft.models.decode import grouped_attention
@@ -85,6 +88,22 @@ def test_eager_returns_attention_weights_while_decoding(make_pair, prompts):
     # Layer 0 keeps the order of its query heads, so the weights agree head by head.
     for step, wanted in zip(got, expected, strict=True):
         torch.testing.assert_close(step[0], wanted[0], atol=1e-4, rtol=1e-4)
+
+
+def test_stock_functions_see_their_own_name_and_equal_head_counts(make_pair, prompts):
+    base, merged = make_pair()
+    seen = []
+
+    def probe(module, query, key, value, mask, **kwargs):
+        seen.append((module.config._attn_implementation, key.shape[1], value.shape[1], module.num_key_value_groups))
+        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+
+    AttentionInterface.register("probe", probe)
+    AttentionMaskInterface.register("probe", sdpa_mask)
+    merged.set_attn_implementation("probe")
+    torch.testing.assert_close(merged(prompts[0]).logits, base(prompts[0]).logits, atol=1e-4, rtol=1e-4)
+    # Layer 0 has 4 key and 3 value heads in no order, so 8 pairs; layer 1 is GQA with 4 heads.
+    assert seen == [("probe", 8, 8, 1), ("probe", 4, 4, 2)]
 
 
 def test_pairs_are_only_used_where_neighbours_share_them():

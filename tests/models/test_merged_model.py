@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import CompileConfig, DynamicCache, StaticCache
+from transformers import CompileConfig, ContinuousBatchingConfig, DynamicCache, GenerationConfig, StaticCache
 
 from dha_peft.models import MODELS, build_merged
 from dha_peft.plan import DHAPlan, LayerPlan, contiguous_groups
@@ -100,6 +100,19 @@ def test_generate_compiles_with_a_static_cache(make_pair, prompts):
     static = merged.generate(ids, cache_implementation="static", compile_config=compiled, **options)
     assert torch.equal(static, base.generate(ids, **options))
     assert merged._compiled_call is not None
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_continuous_batching_with_a_pool_of_the_fused_size(attention, make_pair):
+    base, merged = make_pair(attn_implementation=attention)
+    assert merged.config.num_key_value_heads == 4
+    prompts = [[5, 9, 33], [7, 8, 9, 10, 11, 12, 13]]
+    greedy = GenerationConfig(max_new_tokens=5, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    paged = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=16)
+    answers = merged.generate_batch(inputs=prompts, generation_config=greedy, continuous_batching_config=paged)
+    for prompt, answer in zip(prompts, answers.values(), strict=True):
+        expected = base.generate(torch.tensor([prompt]), generation_config=greedy)[0, len(prompt) :]
+        assert answer.generated_tokens == expected.tolist()
 
 
 def test_training_step_with_gradient_checkpointing(make_pair, prompts):
