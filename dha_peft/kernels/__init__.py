@@ -1,0 +1,103 @@
+"""Decode attention on separate key and value heads: one facade over the Triton kernel and plain torch."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from .naive import naive_decode
+from .ops import decode, key_bounds
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+MAX_TOKENS = 8
+_BACKENDS = ("auto", "triton", "torch")
+
+
+def dha_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_map: Tensor,
+    value_map: Tensor,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+    start: Tensor | None = None,
+    length: Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention of the newest `Tq` tokens to caches of `Hk` key heads and `Hv` value heads.
+
+    Args:
+        q: `[B, Hq, Tq, d]`. k: `[B, Hk, S, d]`. v: `[B, Hv, S, d]`; S may be more than what is filled.
+        key_map, value_map: `[Hq]` integers, the key head and the value head that each query head reads.
+        scale: factor of the scores, `d ** -0.5` if None.
+        mask: bool (True = attend) or additive, broadcasts to `[B, Hq, Tq, S]`. Without one, attention is causal
+            among the new tokens.
+        start, length: `[B]` integers on the device; only keys `start <= j < length` are seen (defaults 0 and `S`).
+        backend: "auto" (Triton where it fits, else torch), "triton" or "torch" (the naive reference).
+
+    Returns:
+        `[B, Hq, Tq, d]` in q's dtype. A query that sees no key gives zeros.
+
+    Raises:
+        ValueError: unknown backend, or "triton" for inputs that the kernel does not take.
+    """
+    if backend not in _BACKENDS:
+        raise ValueError(f"`backend` is {backend!r}; choose one of {', '.join(_BACKENDS)}.")
+    why_not = None if backend == "torch" else unsupported(q, k, v, mask)
+    if backend == "triton" and why_not:
+        raise ValueError(f"the Triton kernel does not take these inputs: {why_not}; use `backend='auto'`.")
+    if backend == "torch" or why_not:
+        return naive_decode(q, k, v, key_map, value_map, scale, mask, start, length)
+    return _triton(q, k, v, key_map, value_map, scale, mask, start, length)
+
+
+def decode_kernel(
+    q: Tensor, k: Tensor, v: Tensor, key_map: Tensor, value_map: Tensor, scale: float, mask: Tensor | None = None
+) -> Tensor | None:
+    """`dha_decode` for `dha_peft.models.set_decode_kernel`: None where the kernel does not fit, and the model goes on in torch."""
+    if unsupported(q, k, v, mask):
+        return None
+    return _triton(q, k, v, key_map, value_map, scale, mask, None, None)
+
+
+def unsupported(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> str | None:
+    """Why the Triton kernel cannot take these inputs, or None. Looks at shapes and types only, never at values."""
+    if not HAS_TRITON:
+        return "Triton is not installed"
+    if not (q.is_cuda and k.is_cuda and v.is_cuda):
+        return "the tensors are not on a CUDA device"
+    if q.dtype not in (torch.float16, torch.bfloat16) or not q.dtype == k.dtype == v.dtype:
+        return f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}, not all float16 or all bfloat16"
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return "a gradient is wanted, and the kernel has none"
+    if q.shape[2] > MAX_TOKENS:
+        return f"{q.shape[2]} new tokens are more than {MAX_TOKENS}"
+    if not 16 <= q.shape[3] <= 256 or k.shape[2] == 0:
+        return f"head size {q.shape[3]} is not within 16 and 256, or the cache is empty"
+    if mask is not None and (mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[3] != k.shape[2]):
+        return "the mask is not `[B, 1, Tq, S]`"
+    return None
+
+
+def _triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_map: Tensor,
+    value_map: Tensor,
+    scale: float | None,
+    mask: Tensor | None,
+    start: Tensor | None,
+    length: Tensor | None,
+) -> Tensor:
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if mask is not None and start is None and length is None:
+        start, length = key_bounds(mask, q.shape[0]).unbind(0)
+    return decode(q, k, v, key_map, value_map, scale, mask, start, length)
+
+
+__all__ = ["HAS_TRITON", "decode_kernel", "dha_decode", "naive_decode", "unsupported"]

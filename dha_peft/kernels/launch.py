@@ -1,0 +1,149 @@
+"""How the Triton kernels are launched: tile shapes, number of splits, buffers. Imports Triton; only CUDA code gets here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import triton
+from torch import Tensor
+
+from .triton_decode import attend_kernel, combine_kernel
+
+MAX_ROWS = 128
+MAX_SPLITS = 512
+_LOG2E = 1.4426950408889634
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Shape of one program: `rows` (query heads x tokens), `keys` per tile, and what it needs of a multiprocessor."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+    per_processor: int
+
+
+@lru_cache(maxsize=512)
+def choose_tiling(rows: int, block_d: int, shared_memory: int) -> Tiling:
+    """Tiles that keep the accumulators in registers and fill shared memory with loads in flight.
+
+    Args:
+        rows: query heads x tokens. block_d: head size rounded up to a power of two.
+        shared_memory: bytes that one program may use.
+    """
+    rows = min(MAX_ROWS, max(16, triton.next_power_of_2(rows)))
+    keys = 128 if rows * block_d <= 64 * 128 and block_d <= 128 else 64
+    fixed = rows * (block_d + keys) * 2
+    stages = (shared_memory - fixed - 8192) // (keys * block_d * 2)
+    return Tiling(rows, keys, 8, max(2, min(4, stages)), 1)
+
+
+@lru_cache(maxsize=4096)
+def choose_splits(tasks: int, slots: int, num_keys: int, heads_read: int, rows: int) -> int:
+    """Number of stretches per sequence that finishes first.
+
+    Args:
+        tasks: programs without splitting. slots: programs that run at once. num_keys: capacity of the cache.
+        heads_read: key heads + value heads. rows: query rows of a program.
+
+    The cost is counted in half-precision head vectors: what the busiest slot reads, plus the partial outputs
+    (float32, written and read once) that it adds.
+    """
+
+    def cost(splits: int) -> float:
+        waves = -(-tasks * splits // slots)
+        partial = 0 if splits == 1 else waves * rows * 4
+        return waves * -(-num_keys // splits) * heads_read + partial
+
+    most = max(1, min(MAX_SPLITS, -(-num_keys // 32)))
+    return min(range(1, most + 1), key=cost)
+
+
+@lru_cache(maxsize=16)
+def _device(index: int) -> tuple[int, int, bool]:
+    """Multiprocessors, shared memory of one program in bytes, and whether kernels may start before their inputs are done."""
+    props = torch.cuda.get_device_properties(index)
+    hopper = props.major >= 9 and hasattr(triton.language.extra.cuda, "gdc_wait")
+    return props.multi_processor_count, getattr(props, "shared_memory_per_block_optin", 96 * 1024), hopper
+
+
+def launch_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_map: Tensor,
+    value_map: Tensor,
+    scale: float,
+    mask: Tensor | None = None,
+    start: Tensor | None = None,
+    length: Tensor | None = None,
+    tiling: Tiling | None = None,
+    splits: int | None = None,
+) -> Tensor:
+    """Arguments as in `naive_decode`, all on one CUDA device; `mask` is `[B or 1, 1, Tq or 1, >= S]`.
+
+    `tiling` and `splits` override the choice made here (measurements).
+    """
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    batch, heads, tokens, dim = q.shape
+    rows, num_keys, block_d = heads * tokens, k.shape[2], max(16, triton.next_power_of_2(dim))
+    processors, shared_memory, pdl = _device(q.device.index or 0)
+    tiling = tiling or choose_tiling(rows, block_d, shared_memory)
+    row_blocks = -(-rows // tiling.rows)
+    slots = processors * tiling.per_processor
+    splits = splits or choose_splits(batch * row_blocks, slots, num_keys, k.shape[1] + v.shape[1], tiling.rows)
+    out = q.new_empty(batch, tokens, heads, dim).transpose(1, 2)
+    part, lse = _partials(q, splits, rows)
+    attend_kernel[(splits, row_blocks, batch)](
+        q, k, v, key_map, value_map, *_mask_pointer(mask, q), q if start is None else start,
+        q if length is None else length, out, part, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        *_mask_strides(mask), *out.stride()[:3], k.shape[1], v.shape[1], num_keys, rows, splits, scale * _LOG2E,
+        TOKENS=tokens, DIM=dim, BLOCK_D=block_d, ROWS=tiling.rows, KEYS=tiling.keys, STAGES=tiling.stages,
+        ALIGN=_alignment(k, v), MASK=_mask_kind(mask), HAS_START=start is not None, HAS_LENGTH=length is not None,
+        SPLIT=splits > 1, PDL=pdl, num_warps=tiling.warps, **({"launch_pdl": True} if pdl else {}),
+    )  # fmt: skip
+    if splits > 1:
+        _combine(part, lse, out, pdl)
+    return out
+
+
+def _combine(part: Tensor, lse: Tensor, out: Tensor, pdl: bool) -> None:
+    batch, splits, rows, dim = part.shape
+    padded = triton.next_power_of_2(splits)
+    dims = max(16, min(triton.next_power_of_2(dim), 8192 // padded))
+    combine_kernel[(rows, batch, -(-dim // dims))](
+        part, lse, out, *out.stride()[:3], rows, splits, TOKENS=out.shape[2], DIM=dim, SPLITS=padded, DIMS=dims,
+        PDL=pdl, num_warps=4 if padded * dims >= 4096 else 2, **({"launch_pdl": True} if pdl else {}),
+    )  # fmt: skip
+
+
+def _partials(q: Tensor, splits: int, rows: int) -> tuple[Tensor, Tensor]:
+    if splits == 1:
+        return q, q
+    shape = (q.shape[0], splits, rows)
+    return q.new_empty(*shape, q.shape[-1], dtype=torch.float32), q.new_empty(shape, dtype=torch.float32)
+
+
+def _alignment(k: Tensor, v: Tensor) -> int:
+    """8 if every row of 8 numbers can be loaded at once, else 1."""
+    strides = (*k.stride()[:3], *v.stride()[:3])
+    return 8 if all(s % 8 == 0 for s in strides) and (k.data_ptr() | v.data_ptr()) % 16 == 0 else 1
+
+
+def _mask_kind(mask: Tensor | None) -> int:
+    return 0 if mask is None else 1 if mask.dtype == torch.bool else 2
+
+
+def _mask_pointer(mask: Tensor | None, other: Tensor) -> tuple[Tensor]:
+    return (other if mask is None else mask.view(torch.uint8) if mask.dtype == torch.bool else mask,)
+
+
+def _mask_strides(mask: Tensor | None) -> tuple[int, int, int]:
+    if mask is None:
+        return 0, 0, 0
+    batch, _, token, key = mask.stride()
+    return (batch if mask.shape[0] > 1 else 0), (token if mask.shape[2] > 1 else 0), key

@@ -1,0 +1,46 @@
+"""The kernels as operators of torch: `torch.compile(fullgraph=True)`, export and CUDA graphs take them whole."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+@torch.library.custom_op("dha_peft::decode", mutates_args=(), device_types="cuda")
+def decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_map: Tensor,
+    value_map: Tensor,
+    scale: float,
+    mask: Tensor | None = None,
+    start: Tensor | None = None,
+    length: Tensor | None = None,
+) -> Tensor:
+    """Arguments of `naive_decode` -> `[B, Hq, Tq, d]`, laid out in memory as `[B, Tq, Hq, d]`."""
+    from .launch import launch_decode
+
+    return launch_decode(q, k, v, key_map, value_map, scale, mask, start, length)
+
+
+@decode.register_fake
+def _(q, k, v, key_map, value_map, scale, mask=None, start=None, length=None):  # noqa: ANN001, ANN202
+    batch, heads, tokens, dim = q.shape
+    return q.new_empty(batch, tokens, heads, dim).transpose(1, 2)
+
+
+@torch.library.custom_op("dha_peft::key_bounds", mutates_args=(), device_types="cuda")
+def key_bounds(mask: Tensor, batch: int) -> Tensor:
+    """`mask [B or 1, 1, Tq or 1, S]` -> `[2, B]` int32: first visible key and one past the last of every sequence.
+
+    An operator of its own, because the layers of a model share one mask: a compiler calls it once per step.
+    """
+    from .bounds import launch_bounds
+
+    return launch_bounds(mask, batch)
+
+
+@key_bounds.register_fake
+def _(mask, batch):  # noqa: ANN001, ANN202
+    return mask.new_empty(2, batch, dtype=torch.int32)

@@ -1,0 +1,148 @@
+"""Decode attention in Triton for any key map and any value map: every key and value head is read exactly once.
+
+One program serves one stretch of one sequence and all query heads. It walks over blocks of keys; in each block the
+key heads and then the value heads pass by as one uninterrupted stream of tiles, so the loads never drain between
+keys and values. The matrix unit is idle anyway, so a tile meets *all* query heads, and each query head keeps the
+result of the one head that its map names. A second kernel combines the stretches.
+
+Scores are kept transposed (`[keys, rows]`, a row is one query head and token), so that the tile is the wide operand
+of the product and goes from shared memory straight to the matrix unit.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOWEST = tl.constexpr(-1.0e30)
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _stretch(batch, split, start_ptr, length_ptr, num_keys, num_splits, HAS_START: tl.constexpr, HAS_LENGTH: tl.constexpr):
+    """First key and end of this program's stretch, and the end of the sequence. Nothing is read on the host."""
+    begin, end = 0, num_keys
+    if HAS_START:
+        begin = tl.maximum(tl.load(start_ptr + batch).to(tl.int32), 0)
+    if HAS_LENGTH:
+        end = tl.minimum(tl.load(length_ptr + batch).to(tl.int32), num_keys)
+    share = (tl.cdiv(tl.maximum(end - begin, 0), num_splits) + 15) // 16 * 16
+    first = begin + split * share
+    return first, tl.minimum(end, first + share), end
+
+
+@triton.jit
+def _hide(scores, key, token, stop, end, mask_ptr, mask_st, mask_ss, TOKENS: tl.constexpr, MASK: tl.constexpr):
+    """Scores `[keys, rows]` in base 2 with -inf where a row must not look. MASK: 0 causal, 1 bool, 2 additive."""
+    seen = (key < stop)[:, None]
+    if MASK == 0:
+        if TOKENS > 1:
+            seen = seen & (key[:, None] <= (end - TOKENS + token)[None, :])
+    else:
+        at = key[:, None].to(tl.int64) * mask_ss
+        if TOKENS > 1:
+            at = at + token[None, :] * mask_st
+        value = tl.load(mask_ptr + at, mask=seen, other=0)
+        if MASK == 1:
+            seen = seen & (value != 0)
+        else:
+            scores += value.to(tl.float32) * LOG2E
+    return tl.where(seen, scores, -float("inf"))
+
+
+@triton.jit
+def attend_kernel(
+    q_ptr, k_ptr, v_ptr, key_map_ptr, value_map_ptr, mask_ptr, start_ptr, length_ptr, out_ptr, part_ptr, lse_ptr,
+    q_sb, q_sh, q_st, k_sb, k_sh, k_ss, v_sb, v_sh, v_ss, mask_sb, mask_st, mask_ss, out_sb, out_sh, out_st,
+    key_heads, value_heads, num_keys, num_rows, num_splits, scale,
+    TOKENS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    STAGES: tl.constexpr, ALIGN: tl.constexpr, MASK: tl.constexpr, HAS_START: tl.constexpr, HAS_LENGTH: tl.constexpr,
+    SPLIT: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Grid (splits, blocks of rows, batch). With SPLIT, writes each stretch's output (float32, `part [B, splits,
+    rows, d]`) and its base-2 log-sum-exp (`lse [B, splits, rows]`), else the final output."""
+    split, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    first, stop, end = _stretch(batch, split, start_ptr, length_ptr, num_keys, num_splits, HAS_START, HAS_LENGTH)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    real, head, token = row < num_rows, row // TOKENS, row % TOKENS
+    dim, col = tl.arange(0, BLOCK_D), tl.arange(0, KEYS)
+    in_dim = dim < DIM
+    key_of = tl.load(key_map_ptr + head, mask=real, other=1 << 20).to(tl.int32)
+    value_of = tl.load(value_map_ptr + head, mask=real, other=1 << 20).to(tl.int32)
+    at = batch * q_sb + head * q_sh + token * q_st
+    q = tl.load(q_ptr + at[None, :] + dim[:, None], mask=real[None, :] & in_dim[:, None], other=0.0)
+
+    top = tl.full([ROWS], LOWEST, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    out = tl.zeros([BLOCK_D, ROWS], tl.float32)
+    scores = tl.zeros([KEYS, ROWS], tl.float32)
+    probs = scores.to(q.dtype)
+    # Keys and values are addressed from one base pointer, so that one load in the loop serves both.
+    to_values = (v_ptr.to(tl.int64) - k_ptr.to(tl.int64)) // (k_ptr.dtype.element_ty.primitive_bitwidth // 8)
+    to_values, to_keys = to_values + batch * v_sb, batch * k_sb
+    tiles = key_heads + value_heads
+    tile, block = tl.full([], 0, tl.int32), first
+    for _ in tl.range(0, tl.cdiv(tl.maximum(stop - first, 0), KEYS) * tiles, num_stages=STAGES):
+        is_key = tile < key_heads
+        step = tl.multiple_of(tl.where(is_key, k_ss, v_ss), ALIGN)
+        head_at = tl.where(
+            is_key, to_keys + tile.to(tl.int64) * k_sh, to_values + (tile - key_heads).to(tl.int64) * v_sh
+        )
+        base = tl.multiple_of(head_at + block.to(tl.int64) * step, ALIGN)
+        key = block + col
+        x = tl.load(
+            k_ptr + base + (col[:, None] * step + dim[None, :]),
+            mask=(key < stop)[:, None] & in_dim[None, :],
+            other=0.0,
+        )
+        scores = tl.where((key_of == tile)[None, :], tl.dot(x, q), scores)
+        if tile == key_heads - 1:
+            hidden = _hide(
+                scores * scale, key, token, stop, end, mask_ptr + batch * mask_sb, mask_st, mask_ss, TOKENS, MASK
+            )
+            new_top = tl.maximum(top, tl.max(hidden, 0))
+            weights = tl.exp2(hidden - new_top[None, :])
+            shrink = tl.exp2(top - new_top)
+            total = total * shrink + tl.sum(weights, 0)
+            out = out * shrink[None, :]
+            top = new_top
+            probs = weights.to(q.dtype)
+        out += tl.where((value_of == tile - key_heads)[None, :], tl.dot(tl.trans(x), probs), 0.0)
+        tile += 1
+        block = tl.where(tile == tiles, block + KEYS, block)
+        tile = tl.where(tile == tiles, 0, tile)
+
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    out = out / tl.maximum(total, 1.0e-30)[None, :]
+    stored = real[None, :] & in_dim[:, None]
+    if SPLIT:
+        at = (batch * num_splits + split) * num_rows + row
+        tl.store(part_ptr + at[None, :] * DIM + dim[:, None], out, mask=stored)
+        lse = tl.where(total > 0, top + tl.log2(tl.maximum(total, 1.0e-30)), -float("inf"))
+        tl.store(lse_ptr + at, lse, mask=real)
+    else:
+        at = batch * out_sb + head * out_sh + token * out_st
+        tl.store(out_ptr + at[None, :] + dim[:, None], out, mask=stored)
+
+
+@triton.jit
+def combine_kernel(
+    part_ptr, lse_ptr, out_ptr, out_sb, out_sh, out_st, num_rows, num_splits,
+    TOKENS: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr, DIMS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Grid (rows, batch, parts of d): the stretches' outputs, weighted by their share of the softmax."""
+    row, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    dim, split = tl.program_id(2) * DIMS + tl.arange(0, DIMS), tl.arange(0, SPLITS)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    real = split < num_splits
+    at = (batch * num_splits + split) * num_rows + row
+    lse = tl.load(lse_ptr + at, mask=real, other=-float("inf"))
+    part = tl.load(part_ptr + at[:, None] * DIM + dim[None, :], mask=real[:, None] & (dim < DIM)[None, :], other=0.0)
+    weight = tl.exp2(lse - tl.maximum(tl.max(lse, 0), LOWEST))
+    out = tl.sum(part * weight[:, None], 0) / tl.maximum(tl.sum(weight, 0), 1.0e-30)
+    place = out_ptr + batch * out_sb + row // TOKENS * out_sh + row % TOKENS * out_st
+    tl.store(place + dim, out, mask=dim < DIM)
