@@ -25,7 +25,7 @@ def decode(
 
 
 @decode.register_fake
-def _(q, k, v, key_map, value_map, scale, mask=None, start=None, length=None):  # noqa: ANN001, ANN202
+def _(q, k, v, key_map, value_map, scale, mask=None, start=None, length=None):
     batch, heads, tokens, dim = q.shape
     return q.new_empty(batch, tokens, heads, dim).transpose(1, 2)
 
@@ -42,5 +42,5 @@ def key_bounds(mask: Tensor, batch: int) -> Tensor:
 
 
 @key_bounds.register_fake
-def _(mask, batch):  # noqa: ANN001, ANN202
+def _(mask, batch):
     return mask.new_empty(2, batch, dtype=torch.int32)

@@ -1,0 +1,212 @@
+"""Whole decode steps: a random Llama, its GQA of equal bytes, and its fused counterpart, through transformers alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from decode_measure import Result
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
+
+from dha_peft.kernels import decode_kernel
+from dha_peft.models import build_merged, set_decode_kernel
+from dha_peft.models.cache_view import CacheView
+from dha_peft.plan import DHAPlan, LayerPlan
+
+WARM_STEPS = 6
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Defaults are Llama-2-7B with a quarter of its KV heads."""
+
+    layers: int = 32
+    hidden: int = 4096
+    intermediate: int = 11008
+    vocab: int = 32000
+    query_heads: int = 32
+    key_heads: int = 8
+    value_heads: int = 8
+    batch: int = 16
+    context: int = 4096
+
+
+def build(name: str, shape: ModelShape, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """"mha", "gqa" (as many KV heads as ours on average) or "dha" (random groups), with random weights."""
+    kv_heads = (shape.key_heads + shape.value_heads) // 2 if name == "gqa" else shape.query_heads
+    config = LlamaConfig(
+        vocab_size=shape.vocab, hidden_size=shape.hidden, intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers, num_attention_heads=shape.query_heads, num_key_value_heads=kv_heads,
+        max_position_embeddings=shape.context + 4096, bos_token_id=None, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    with torch.device(device):
+        model = LlamaForCausalLM._from_config(config, dtype=dtype).eval()
+    return _fused(model, shape) if name == "dha" else model
+
+
+def _fused(base: PreTrainedModel, shape: ModelShape) -> PreTrainedModel:
+    head_dim = shape.hidden // shape.query_heads
+    layers, weights = [], []
+    for layer in base.model.layers:
+        plan = LayerPlan(_random_groups(shape.query_heads, shape.key_heads), _random_groups(shape.query_heads, shape.value_heads))
+        attention = layer.self_attn
+        layers.append(plan)
+        weights.append({
+            "q": attention.q_proj.weight, "o": attention.o_proj.weight,
+            "k": attention.k_proj.weight[: shape.key_heads * head_dim],
+            "v": attention.v_proj.weight[: shape.value_heads * head_dim],
+        })  # fmt: skip
+    return build_merged(base, DHAPlan(tuple(layers), head_dim), weights, share=True)
+
+
+def _random_groups(heads: int, groups: int) -> tuple[tuple[int, ...], ...]:
+    order = torch.randperm(heads).tolist()
+    return tuple(tuple(order[index::groups]) for index in range(groups))
+
+
+def filled_cache(model: PreTrainedModel, shape: ModelShape, batch: int, kind: str, room: int) -> StaticCache | DynamicCache:
+    """A cache that holds `context` random tokens; a static one has room for `room` more."""
+    config, parameter = model.config, next(model.parameters())
+    static = kind == "static"
+    cache = StaticCache(config=config, max_cache_len=shape.context + room) if static else DynamicCache(config=config)
+    head_dim = shape.hidden // shape.query_heads
+    for index, layer in enumerate(model.model.layers):
+        heads = (layer.self_attn.k_proj.out_features // head_dim, layer.self_attn.v_proj.out_features // head_dim)
+        states = [
+            torch.randn(batch, n, shape.context, head_dim, device=parameter.device, dtype=parameter.dtype) for n in heads
+        ]
+        CacheView(cache).update(*states, index)
+    return cache
+
+
+@torch.no_grad()
+def step_milliseconds(model: PreTrainedModel, cache: StaticCache | DynamicCache, batch: int, steps: int, compiled: bool) -> float:
+    """Wall time of a greedy decode step, its argmax included."""
+    device = next(model.parameters()).device
+    token = torch.zeros(batch, 1, dtype=torch.long, device=device)
+
+    def step(token: torch.Tensor) -> torch.Tensor:
+        return model(token, past_key_values=cache, use_cache=True).logits[:, -1].argmax(-1, keepdim=True)
+
+    run = torch.compile(step, mode="reduce-overhead", fullgraph=True) if compiled else step
+    for index in range(WARM_STEPS + steps):
+        if index == WARM_STEPS:
+            _synchronize(device)
+            begin = time.perf_counter()
+        if compiled:
+            torch.compiler.cudagraph_mark_step_begin()
+        token = run(token).clone()
+    _synchronize(device)
+    return (time.perf_counter() - begin) * 1000 / steps
+
+
+def generate_milliseconds(model: PreTrainedModel, batch: int, prompt: int, steps: int, **options: object) -> float:
+    """Wall time per token of `model.generate`, prefill taken out by the difference of two lengths."""
+    device = next(model.parameters()).device
+    ids = torch.randint(1, model.config.vocab_size, (batch, prompt), device=device)
+    times = []
+    for new in (8, 8, 8 + steps):
+        _synchronize(device)
+        begin = time.perf_counter()
+        model.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=False, **options)
+        _synchronize(device)
+        times.append(time.perf_counter() - begin)
+    return (times[2] - times[1]) * 1000 / steps
+
+
+def model_results(
+    names: list[str], shape: ModelShape, device: torch.device, dtype: torch.dtype, copy: float, steps: int, kind: str,
+    compiled: bool, largest: bool,
+) -> Iterator[Result]:  # fmt: skip
+    """Measure every named model in turn; only one is in memory at a time."""
+    set_decode_kernel(decode_kernel)
+    for name in names:
+        model = build(name, shape, device, dtype)
+        keys = shape.query_heads if name == "mha" else (shape.key_heads + shape.value_heads) // 2
+        heads = (shape.key_heads, shape.value_heads) if name == "dha" else (keys, keys)
+        result = Result(
+            "model", f"{name} {kind}{' compiled' if compiled else ''}", shape.batch, shape.context, shape.query_heads,
+            *heads, shape.hidden // shape.query_heads, str(dtype).removeprefix("torch."), device.type,
+        )  # fmt: skip
+        try:
+            _fill(result, model, shape, steps, kind, compiled, copy)
+            if largest and device.type == "cuda":
+                result.largest_batch = largest_batch(model, shape)
+        except RuntimeError as error:
+            result.note = str(error).splitlines()[0][:120]
+        yield result
+        del model
+        torch._dynamo.reset()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def generate_results(
+    names: list[str], shape: ModelShape, device: torch.device, dtype: torch.dtype, steps: int
+) -> Iterator[Result]:
+    """`model.generate` with default arguments beside the plain loop with the same (dynamic) cache, both not compiled."""
+    set_decode_kernel(decode_kernel)
+    for name in names:
+        model = build(name, shape, device, dtype)
+        for way in ("loop", "generate"):
+            if way == "loop":
+                cache = filled_cache(model, shape, shape.batch, "dynamic", 0)
+                ms = step_milliseconds(model, cache, shape.batch, steps, compiled=False)
+                del cache
+            else:
+                ms = generate_milliseconds(model, shape.batch, shape.context, steps)
+            yield Result(
+                "generate", f"{name} {way}", shape.batch, shape.context, shape.query_heads, shape.key_heads,
+                shape.value_heads, shape.hidden // shape.query_heads, str(dtype).removeprefix("torch."), device.type,
+                ms=ms, tokens_s=shape.batch / ms * 1000,
+            )  # fmt: skip
+        del model
+
+
+def _fill(result: Result, model: PreTrainedModel, shape: ModelShape, steps: int, kind: str, compiled: bool, copy: float) -> None:
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    cache = filled_cache(model, shape, shape.batch, kind, WARM_STEPS + steps)
+    result.ms = step_milliseconds(model, cache, shape.batch, steps, compiled)
+    embedding = model.get_input_embeddings().weight
+    read = sum(p.numel() * p.element_size() for p in model.parameters()) - embedding.numel() * embedding.element_size()
+    per_token = (result.key_heads + result.value_heads) * result.head_dim * embedding.element_size() * shape.layers
+    result.gb_s = (read + per_token * shape.batch * shape.context) / result.ms / 1e6
+    result.share_of_copy, result.tokens_s = result.gb_s / copy, shape.batch / result.ms * 1000
+    if device.type == "cuda":
+        result.peak_gib = torch.cuda.max_memory_allocated() / 2**30
+
+
+@torch.no_grad()
+def largest_batch(model: PreTrainedModel, shape: ModelShape) -> int:
+    """Largest batch whose static cache of `context` tokens is really allocated and takes a decode step."""
+    torch._dynamo.reset()
+    torch.cuda.empty_cache()
+    head_dim, layers = shape.hidden // shape.query_heads, model.model.layers
+    heads = sum(m.out_features for m in (layers[0].self_attn.k_proj, layers[0].self_attn.v_proj)) // head_dim
+    batch = int(torch.cuda.mem_get_info()[0] // (heads * head_dim * 2 * len(layers) * shape.context))
+    while batch > 0 and not _fits(model, shape, batch):
+        batch = min(batch - 1, int(batch * 0.99))
+    return batch
+
+
+def _fits(model: PreTrainedModel, shape: ModelShape, batch: int) -> bool:
+    device = next(model.parameters()).device
+    try:
+        cache = StaticCache(config=model.config, max_cache_len=shape.context)
+        model(torch.zeros(batch, 1, dtype=torch.long, device=device), past_key_values=cache, use_cache=True)
+        torch.cuda.synchronize()
+        return True
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        cache = None
+        torch.cuda.empty_cache()
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
