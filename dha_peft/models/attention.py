@@ -78,12 +78,20 @@ def dha_attention(
 
     Returns:
         Output `[B, T, H, d]` and, with eager attention, the probabilities `[B, H, T, S]`.
+
+    Raises:
+        ValueError: continuous batching with an attention function that reads the paged cache itself.
     """
     maps, name = module.dha_maps, module.config.model_config._attn_implementation
     scaling = module.head_dim**-0.5 if scaling is None else scaling
     if kwargs.get("cache") is not None:
-        key, value = update_paged(kwargs.pop("cache"), key, value, module, kwargs)
         name = name.removeprefix("paged|")
+        if name not in ("sdpa", "eager"):
+            raise ValueError(
+                f"continuous batching with `{name}` reads the paged cache in a kernel that knows no head maps; "
+                'call `model.set_attn_implementation("sdpa")` first.'
+            )
+        key, value = update_paged(kwargs.pop("cache"), key, value, module, kwargs)
     # With a key and a value head for every query head there is nothing to group.
     fused = min(maps.num_key_heads, maps.num_value_heads) < query.shape[1]
     if fused and takes_grouped_path(query, key, attention_mask, dropout, kwargs):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers.cache_utils import StaticLayer
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.utils import is_torchdynamo_compiling
+
+_PAGED_TAKES_KWARGS = "kwargs" in inspect.signature(PagedAttentionCache.update).parameters
 
 
 class CacheView:
@@ -50,20 +54,17 @@ def update_paged(
     Args:
         keys: `[1, Hk, T, d]`; values: `[1, Hv, T, d]`. Both are padded to the pool's `config.num_key_value_heads`,
             which is the largest count in the model.
-        kwargs: the attention function's arguments, which the cache fills in place.
+        kwargs: the attention function's arguments, which the cache reads and newer versions fill in place.
 
     Returns:
         All that is to be attended, `[1, Hk, S, d]` and `[1, Hv, S, d]`.
-
-    Raises:
-        ValueError: the pool is to be read by a kernel (block tables), which knows no head maps.
     """
-    if kwargs.get("block_table") is not None:
-        raise ValueError(
-            "continuous batching wants to decode with flash attention's block tables, which do not know head maps; "
-            'set `max_blocks_per_request=0` in its config, or `attn_implementation="sdpa"`.'
-        )
     pool = module.config.num_key_value_heads
     padded = [pad(states, (0, 0, 0, 0, 0, pool - states.shape[1])) for states in (keys, values)]
-    everything = cache.update(*padded, layer_idx=module.layer_idx, kwargs=kwargs)
+    if _PAGED_TAKES_KWARGS:
+        everything = cache.update(*padded, layer_idx=module.layer_idx, kwargs=kwargs)
+    else:  # older transformers: explicit indices, and [S, heads, d] comes back
+        indices = {name: kwargs[name] for name in ("read_index", "write_index")}
+        flat = cache.update(*padded, layer_idx=module.layer_idx, **indices)
+        everything = [states.transpose(0, 1).unsqueeze(0) for states in flat]
     return everything[0][:, : keys.shape[1]], everything[1][:, : values.shape[1]]
