@@ -17,9 +17,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch  # noqa: E402
-from decode_kernel import Shape, kernel_results  # noqa: E402
-from decode_measure import Result, copy_bandwidth, draw, write_csv  # noqa: E402
+import torch
+from decode_kernel import Shape, kernel_results
+from decode_measure import Result, copy_bandwidth, draw, write_csv
 
 BARS = ("32x4096:8/8", "32x4096:5/11", "32x4096:3/13", "8x32768:8/8", "8x32768:5/11", "8x32768:3/13", "1x32768:8/8")
 
@@ -72,7 +72,7 @@ def main() -> None:
         draw(args.figure, results)
 
 
-def measured(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, copy: float):  # noqa: ANN201
+def measured(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, copy: float):
     if args.what == "kernel":
         default = BARS if device.type == "cuda" else ("1x512:8/8", "1x2048:8/8", "1x4096:5/11", "4x2048:8/8")
         for text in args.shape or default:

@@ -54,7 +54,7 @@ def kernel_results(shape: Shape, device: torch.device, dtype: torch.dtype, copy:
         yield result
 
 
-def _measure(make, shape: Shape, key_heads: int, value_heads: int, size: int, device, dtype) -> float:  # noqa: ANN001
+def _measure(make, shape: Shape, key_heads: int, value_heads: int, size: int, device, dtype) -> float:
     turns = max(2, -(-3 * 2**28 // size)) if device.type == "cuda" else 2
     new = {"device": device, "dtype": dtype}
     q = torch.randn(shape.batch, shape.query_heads, 1, shape.head_dim, **new)

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from .naive import naive_decode
-from .ops import decode, key_bounds
+from .ops import decode
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 MAX_TOKENS = 8
+_MASK_TYPES = (torch.bool, torch.float16, torch.bfloat16, torch.float32)
 _BACKENDS = ("auto", "triton", "torch")
 
 
@@ -52,7 +53,8 @@ def dha_decode(
         raise ValueError(f"the Triton kernel does not take these inputs: {why_not}; use `backend='auto'`.")
     if backend == "torch" or why_not:
         return naive_decode(q, k, v, key_map, value_map, scale, mask, start, length)
-    return _triton(q, k, v, key_map, value_map, scale, mask, start, length)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return decode(q, k, v, key_map, value_map, scale, mask, start, length)
 
 
 def decode_kernel(
@@ -61,7 +63,7 @@ def decode_kernel(
     """`dha_decode` for `dha_peft.models.set_decode_kernel`: None where the kernel does not fit, and the model goes on in torch."""
     if unsupported(q, k, v, mask):
         return None
-    return _triton(q, k, v, key_map, value_map, scale, mask, None, None)
+    return decode(q, k, v, key_map, value_map, scale, mask)
 
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> str | None:
@@ -80,24 +82,9 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> 
         return f"head size {q.shape[3]} is not within 16 and 256, or the cache is empty"
     if mask is not None and (mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[3] != k.shape[2]):
         return "the mask is not `[B, 1, Tq, S]`"
+    if mask is not None and mask.dtype not in _MASK_TYPES:
+        return f"the mask is {mask.dtype}"
     return None
-
-
-def _triton(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_map: Tensor,
-    value_map: Tensor,
-    scale: float | None,
-    mask: Tensor | None,
-    start: Tensor | None,
-    length: Tensor | None,
-) -> Tensor:
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if mask is not None and start is None and length is None:
-        start, length = key_bounds(mask, q.shape[0]).unbind(0)
-    return decode(q, k, v, key_map, value_map, scale, mask, start, length)
 
 
 __all__ = ["HAS_TRITON", "decode_kernel", "dha_decode", "naive_decode", "unsupported"]

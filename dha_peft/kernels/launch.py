@@ -11,7 +11,6 @@ from torch import Tensor
 
 from .triton_decode import attend_kernel, combine_kernel
 
-MAX_ROWS = 128
 MAX_SPLITS = 512
 _LOG2E = 1.4426950408889634
 
@@ -35,7 +34,7 @@ def choose_tiling(rows: int, block_d: int, shared_memory: int) -> Tiling:
         rows: query heads x tokens. block_d: head size rounded up to a power of two.
         shared_memory: bytes that one program may use.
     """
-    rows = min(MAX_ROWS, max(16, triton.next_power_of_2(rows)))
+    rows = min(128 if block_d <= 128 else 64, max(16, triton.next_power_of_2(rows)))
     keys = 128 if rows * block_d <= 64 * 128 and block_d <= 128 else 64
     fixed = rows * (block_d + keys) * 2
     stages = (shared_memory - fixed - 8192) // (keys * block_d * 2)

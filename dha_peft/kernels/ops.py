@@ -28,19 +28,3 @@ def decode(
 def _(q, k, v, key_map, value_map, scale, mask=None, start=None, length=None):
     batch, heads, tokens, dim = q.shape
     return q.new_empty(batch, tokens, heads, dim).transpose(1, 2)
-
-
-@torch.library.custom_op("dha_peft::key_bounds", mutates_args=(), device_types="cuda")
-def key_bounds(mask: Tensor, batch: int) -> Tensor:
-    """`mask [B or 1, 1, Tq or 1, S]` -> `[2, B]` int32: first visible key and one past the last of every sequence.
-
-    An operator of its own, because the layers of a model share one mask: a compiler calls it once per step.
-    """
-    from .bounds import launch_bounds
-
-    return launch_bounds(mask, batch)
-
-
-@key_bounds.register_fake
-def _(mask, batch):
-    return mask.new_empty(2, batch, dtype=torch.int32)

@@ -16,16 +16,42 @@ import triton.language as tl
 
 LOWEST = tl.constexpr(-1.0e30)
 LOG2E = tl.constexpr(1.4426950408889634)
+SCAN = tl.constexpr(8192)
 
 
 @triton.jit
-def _stretch(batch, split, start_ptr, length_ptr, num_keys, num_splits, HAS_START: tl.constexpr, HAS_LENGTH: tl.constexpr):
+def _seen_by_any(mask_ptr, mask_st, mask_ss, num_keys, TOKENS: tl.constexpr, MASK: tl.constexpr):
+    """First key that any query of the sequence sees, and one past the last; `num_keys` and 0 if none is seen."""
+    first, last = num_keys, 0
+    for begin in range(0, num_keys, SCAN):
+        key = begin + tl.arange(0, SCAN)
+        seen = key < 0
+        for token in tl.static_range(TOKENS):
+            at = mask_ptr + token * mask_st + key.to(tl.int64) * mask_ss
+            if MASK == 1:
+                seen = seen | (tl.load(at, mask=key < num_keys, other=0) != 0)
+            else:
+                lowest: tl.constexpr = -32752.0 if mask_ptr.dtype.element_ty == tl.float16 else -1.5e38
+                seen = seen | (tl.load(at, mask=key < num_keys, other=float("-inf")) > lowest)
+        first = tl.minimum(first, tl.min(tl.where(seen, key, num_keys), 0))
+        last = tl.maximum(last, tl.max(tl.where(seen, key + 1, 0), 0))
+    return first, last
+
+
+@triton.jit
+def _stretch(
+    batch, split, mask_ptr, mask_st, mask_ss, start_ptr, length_ptr, num_keys, num_splits,
+    TOKENS: tl.constexpr, MASK: tl.constexpr, HAS_START: tl.constexpr, HAS_LENGTH: tl.constexpr,
+):  # fmt: skip
     """First key and end of this program's stretch, and the end of the sequence. Nothing is read on the host."""
     begin, end = 0, num_keys
     if HAS_START:
         begin = tl.maximum(tl.load(start_ptr + batch).to(tl.int32), 0)
     if HAS_LENGTH:
         end = tl.minimum(tl.load(length_ptr + batch).to(tl.int32), num_keys)
+    if MASK != 0:
+        seen_first, seen_end = _seen_by_any(mask_ptr, mask_st, mask_ss, num_keys, TOKENS, MASK)
+        begin, end = tl.maximum(begin, seen_first), tl.minimum(end, seen_end)
     share = (tl.cdiv(tl.maximum(end - begin, 0), num_splits) + 15) // 16 * 16
     first = begin + split * share
     return first, tl.minimum(end, first + share), end
@@ -64,7 +90,11 @@ def attend_kernel(
     split, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
     if PDL:
         tl.extra.cuda.gdc_wait()
-    first, stop, end = _stretch(batch, split, start_ptr, length_ptr, num_keys, num_splits, HAS_START, HAS_LENGTH)
+    mask_ptr += batch * mask_sb
+    first, stop, end = _stretch(
+        batch, split, mask_ptr, mask_st, mask_ss, start_ptr, length_ptr, num_keys, num_splits,
+        TOKENS, MASK, HAS_START, HAS_LENGTH,
+    )  # fmt: skip
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     real, head, token = row < num_rows, row // TOKENS, row % TOKENS
     dim, col = tl.arange(0, BLOCK_D), tl.arange(0, KEYS)
@@ -99,9 +129,7 @@ def attend_kernel(
         )
         scores = tl.where((key_of == tile)[None, :], tl.dot(x, q), scores)
         if tile == key_heads - 1:
-            hidden = _hide(
-                scores * scale, key, token, stop, end, mask_ptr + batch * mask_sb, mask_st, mask_ss, TOKENS, MASK
-            )
+            hidden = _hide(scores * scale, key, token, stop, end, mask_ptr, mask_st, mask_ss, TOKENS, MASK)
             new_top = tl.maximum(top, tl.max(hidden, 0))
             weights = tl.exp2(hidden - new_top[None, :])
             shrink = tl.exp2(top - new_top)

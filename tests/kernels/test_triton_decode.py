@@ -1,0 +1,120 @@
+"""The Triton kernel against the reference, on ragged random shapes. Needs a CUDA device; skips without one."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from dha_peft.kernels import HAS_TRITON, dha_decode, naive_decode
+
+pytestmark = pytest.mark.skipif(
+    not (torch.cuda.is_available() and HAS_TRITON), reason="the Triton kernel needs a CUDA device and Triton"
+)
+# One rounding of the probabilities and one of the output to 8 (bf16) or 11 (fp16) bits of mantissa.
+TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 5e-4}
+
+
+def make(batch, heads, key_heads, value_heads, tokens, keys, dim, dtype=torch.bfloat16, seed=0):
+    generator = torch.Generator("cuda").manual_seed(seed)
+    new = {"generator": generator, "device": "cuda", "dtype": torch.float32}
+    q = torch.randn(batch, heads, tokens, dim, **new).to(dtype)
+    k = torch.randn(batch, keys, key_heads, dim, **new).to(dtype).transpose(1, 2)  # strides of a transposed cache
+    v = torch.randn(batch, value_heads, keys, dim, **new).to(dtype)
+    maps = [torch.randint(n, (heads,), generator=generator, device="cuda") for n in (key_heads, value_heads)]
+    return q, k, v, *maps
+
+
+def assert_agrees(args, **options):
+    out = dha_decode(*args, backend="triton", **options)
+    exact = [x.double() for x in args[:3]]
+    if (mask := options.get("mask")) is not None and mask.dtype != torch.bool:
+        hidden = mask <= torch.finfo(mask.dtype).min / 2
+        options["mask"] = mask.double().masked_fill(hidden, torch.finfo(torch.float64).min)
+    want = naive_decode(*exact, *args[3:], **options)
+    assert out.isfinite().all()
+    error = (out.double() - want).norm() / want.norm().clamp_min(1e-9)
+    assert error < TOLERANCE[out.dtype], f"relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("dim", [32, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_head_sizes(dim, dtype):
+    assert_agrees(make(2, 12, 3, 5, 1, 333, dim, dtype))
+
+
+@pytest.mark.parametrize("heads", [4, 16, 32, 40, 64, 128])
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_numbers_of_query_heads(heads, tokens):
+    assert_agrees(make(2, heads, 3, 4, tokens, 700, 128))
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_ragged_random_shapes(seed):
+    draw = random.Random(seed)
+    batch, tokens = draw.choice([1, 2, 5]), draw.choice([1, 1, 2, 3, 5])
+    keys = draw.randint(tokens + 1, 3000)
+    dim, dtype = draw.choice([32, 64, 80, 128]), draw.choice(list(TOLERANCE))
+    args = make(batch, draw.choice([4, 8, 20, 32]), draw.randint(1, 13), draw.randint(1, 13), tokens, keys, dim, dtype, seed)
+    start = torch.tensor([draw.randint(0, keys - tokens) for _ in range(batch)], device="cuda")
+    length = torch.tensor([draw.randint(int(s) + tokens, keys) for s in start], device="cuda")
+    want_inputs = {"start": start, "length": length}
+    if seed % 3 == 1:
+        want_inputs = {"mask": _mask(batch, tokens, keys, start, length)}
+    if seed % 3 == 2:
+        seen = _mask(batch, tokens, keys, start, length)
+        want_inputs = {"mask": torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)}
+    assert_agrees(args, **want_inputs)
+
+
+def _mask(batch, tokens, keys, start, length):
+    index = torch.arange(keys, device="cuda")
+    seen = (index >= start.view(-1, 1, 1, 1)) & (index < length.view(-1, 1, 1, 1))
+    holes = torch.rand(batch, 1, tokens, keys, device="cuda") < 0.8
+    return seen & (holes | (index == start.view(-1, 1, 1, 1)))
+
+
+@pytest.mark.parametrize("keys", [1, 15, 128, 4096, 20000])
+@pytest.mark.parametrize("heads", [(8, 8), (3, 13), (5, 11), (1, 32)])
+def test_long_and_short_caches(keys, heads):
+    assert_agrees(make(1 if keys > 9999 else 9, 32, *heads, 1, keys, 128))
+
+
+def test_unfilled_slots_are_never_read():
+    q, k, v, *maps = make(3, 8, 2, 3, 1, 500, 64)
+    length = torch.tensor([1, 200, 499], device="cuda")
+    want = dha_decode(q, k, v, *maps, length=length, backend="torch")
+    for b, end in enumerate(length.tolist()):
+        k[b, :, end:], v[b, :, end:] = torch.nan, torch.nan
+    out = dha_decode(q, k, v, *maps, length=length, backend="triton")
+    torch.testing.assert_close(out, want, rtol=2e-2, atol=2e-2)
+
+
+def test_more_sequences_than_programs_and_empty_ones():
+    args = make(300, 8, 2, 3, 1, 90, 64)
+    length = torch.randint(0, 91, (300,), device="cuda")
+    assert_agrees(args, length=length)
+
+
+def test_compiled_whole_and_in_a_cuda_graph():
+    args = make(2, 8, 2, 3, 1, 300, 64)
+    mask = torch.ones(2, 1, 1, 300, dtype=torch.bool, device="cuda")
+    mask[:, :, :, 200:] = False
+    compiled = torch.compile(
+        lambda *a, mask: dha_decode(*a, mask=mask, backend="triton") + 1, fullgraph=True, mode="reduce-overhead"
+    )
+    want = dha_decode(*args, mask=mask, backend="triton") + 1
+    with torch.no_grad():
+        for _ in range(4):
+            torch.compiler.cudagraph_mark_step_begin()
+            torch.testing.assert_close(compiled(*args, mask=mask).clone(), want)
+
+
+def test_operator_passes_torchs_own_checks():
+    args = make(2, 8, 2, 3, 1, 64, 64)
+    torch.library.opcheck(torch.ops.dha_peft.decode, (*args, 0.125), test_utils=("test_schema", "test_faketensor"))
+
+
+if __name__ == "__main__":
+    raise SystemExit(pytest.main([__file__, "-q"]))
