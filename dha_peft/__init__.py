@@ -1,0 +1,29 @@
+"""Decoupled-Head Attention (arXiv 2406.06567) as a peft method: fuse key heads and value heads, collapse, serve less KV cache."""
+
+from __future__ import annotations
+
+from . import adapter, models
+from .adapter import DHAConfig, DHAModel
+from .conversion import convert, get_dha_model
+from .plan import DHAPlan, LayerPlan
+from .search import Analysis, analyse
+from .training import DHACallback, FusionSchedule, ScheduleOptions
+
+adapter.register()
+models.register()
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Analysis",
+    "DHACallback",
+    "DHAConfig",
+    "DHAModel",
+    "DHAPlan",
+    "FusionSchedule",
+    "LayerPlan",
+    "ScheduleOptions",
+    "analyse",
+    "convert",
+    "get_dha_model",
+]

@@ -1,0 +1,87 @@
+"""The trainable state of one kind of heads in one projection: fusion matrix, frames, groups, and the schedule's memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..fusion.heads import FrameLayout, HeadMaps
+from ..fusion.operator import FusedHeads, fuse, fusion_loss
+from ..plan import Groups
+from ..search.analysis import Frames
+
+SCHEDULE = ("step", "lambda1", "lambda2", "start", "phase")
+"""What the schedule remembers, in `HeadFusion.schedule`; it lives here because peft saves it with the adapter."""
+
+
+class HeadFusion(nn.Module):
+    """Fusion of `H` heads of size `d`.
+
+    `omega` `[H, H]` is the fusion matrix; `into_*` and `out_*` are the frames' maps (absent with linear fusion); the buffer `owner`
+    `[H]` holds each head's group. Before a learned search has found groups, all heads are in group 0.
+    """
+
+    def __init__(self, num_heads: int, layout: FrameLayout, aligned: bool, train_frames: bool = True) -> None:
+        super().__init__()
+        self.layout, self.aligned, self.train_frames = layout, aligned, train_frames
+        self.omega = nn.Parameter(torch.eye(num_heads))
+        self.register_buffer("owner", torch.zeros(num_heads, dtype=torch.long))
+        self.register_buffer("schedule", torch.zeros(len(SCHEDULE), dtype=torch.float64))
+        if aligned:
+            identity = HeadMaps.identity(num_heads, layout)
+            for name in ("into_pair", "out_pair"):
+                self.register_parameter(name, nn.Parameter(identity.pair.clone()))
+            for name in ("into_full", "out_full"):
+                self.register_parameter(name, nn.Parameter(identity.full.clone()))
+
+    @property
+    def groups(self) -> Groups:
+        owner = self.owner.tolist()
+        return tuple(sorted(tuple(h for h, o in enumerate(owner) if o == group) for group in set(owner)))
+
+    @torch.no_grad()
+    def set_groups(self, groups: Groups, frames: Frames | None = None) -> None:
+        """Take groups and, with aligned fusion, their frames; the fusion matrix becomes the identity."""
+        for index, group in enumerate(groups):
+            self.owner[list(group)] = index
+        self.omega.copy_(torch.eye(len(self.omega)))
+        if self.aligned and frames is not None:
+            # Rows of a tied omega are 1 / n, so heads enter the frame n times as large.
+            size = torch.tensor([len(g) for g in self.groups for _ in g], dtype=torch.float32)
+            order = torch.tensor([h for g in self.groups for h in g])
+            weight = torch.empty_like(size).index_put_((order,), size)[:, None, None].to(frames.into.pair.device)
+            self.into_pair.copy_(frames.into.pair * weight)
+            self.into_full.copy_(frames.into.full * weight)
+            self.out_pair.copy_(frames.out.pair)
+            self.out_full.copy_(frames.out.full)
+
+    @torch.no_grad()
+    def randomize(self) -> None:
+        """A random state whose groups are tied."""
+        rows = torch.rand(len(self.omega), device=self.omega.device) + 0.1
+        self.omega.copy_(rows * self._together())
+
+    @torch.no_grad()
+    def tie(self) -> None:
+        """Jump to the end of the fusion: every row of a group becomes the group's mean row (1 / n from the identity)."""
+        together = self._together().to(self.omega.dtype)
+        self.omega.copy_((together / together.sum(1, keepdim=True)) @ (self.omega * together))
+
+    def fuse(self, heads: Tensor) -> FusedHeads:
+        """Heads `[H, d, E]` as the adapter makes them, and as they will be after the collapse."""
+        layout = self.layout.to(heads.device)
+        into, out = self.maps()
+        return fuse(heads, self.omega, self._together(), into, out, layout)
+
+    def loss(self, heads: Tensor) -> Tensor:
+        """Fusion loss of these heads, a scalar; 0 when every group is tied."""
+        return fusion_loss(heads, self.fuse(heads))
+
+    def maps(self) -> tuple[HeadMaps | None, HeadMaps | None]:
+        """Maps into and out of the frames; None with linear fusion."""
+        if not self.aligned:
+            return None, None
+        return HeadMaps(self.into_pair, self.into_full), HeadMaps(self.out_pair, self.out_full)
+
+    def _together(self) -> Tensor:
+        return self.owner[:, None] == self.owner[None, :]

@@ -1,0 +1,134 @@
+"""`DHALayer`: a projection whose key heads or value heads are fused step by step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from ..fusion.collapse import SharedHeads
+from ..fusion.heads import FrameLayout
+from .config import DHAConfig
+from .fusion_state import HeadFusion
+
+
+class DHALayer(nn.Module, BaseTunerLayer):
+    """Wraps the key or the value projection of an attention block.
+
+    The base weight stays frozen; the forward uses the fused weight `[H d, D]`, which keeps the base's shape until the collapse.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ("dha_fusion",)
+    other_param_names: tuple[str, ...] = ()
+
+    def __init__(self, base_layer: nn.Module, kind: str, num_heads: int, layout: FrameLayout) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.kind, self.num_heads, self.layout = kind, num_heads, layout
+        self.dha_fusion = nn.ModuleDict()
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self._unmerged: tuple[Tensor, Tensor | None] | None = None
+
+    def update_layer(self, adapter_name: str, config: DHAConfig, inference_mode: bool = False) -> None:
+        """Add an adapter, all heads in one group until groups are set."""
+        fusion = HeadFusion(self.num_heads, self.layout, config.fusion == "aligned", config.train_frames)
+        device = self.get_base_layer().weight.device
+        if not fusion.omega.is_meta:  # empty while peft loads with low_cpu_mem_usage
+            fusion.to(device)
+        self.dha_fusion[adapter_name] = fusion
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        known = [name for name in names if name in self.dha_fusion]
+        if len(known) > 1:
+            raise ValueError(f"only one DHA adapter can be active, but {known} were asked for; set one of them.")
+        super().set_adapter(names, inference_mode)
+        for fusion in self.dha_fusion.values():
+            if fusion.aligned and not fusion.train_frames:
+                for name in ("into_pair", "into_full", "out_pair", "out_full"):
+                    getattr(fusion, name).requires_grad_(False)
+
+    def active_fusion(self) -> HeadFusion | None:
+        """The active adapter's state, if there is one."""
+        names = [name for name in self.active_adapters if name in self.dha_fusion]
+        return self.dha_fusion[names[0]] if names else None
+
+    def base_heads(self) -> Tensor:
+        """The base's heads `[H, d, E]` in float32; a bias is the last input column."""
+        weight, bias = self._unmerged if self._unmerged is not None else self._weight_and_bias()
+        weight = weight.detach().float()
+        if bias is not None:
+            weight = torch.cat([weight, bias.detach().float()[:, None]], dim=1)
+        return weight.reshape(self.num_heads, -1, weight.shape[1])
+
+    def fused_weight(self, fusion: HeadFusion) -> tuple[Tensor, Tensor | None]:
+        """Weight `[H d, D]` and bias of the projection as the adapter makes it, in the base's dtype."""
+        base = self.get_base_layer()
+        with torch.autocast(base.weight.device.type, enabled=False):
+            rows = fusion.fuse(self.base_heads()).heads.flatten(0, 1).to(base.weight.dtype)
+        return (rows, None) if base.bias is None else (rows[:, :-1], rows[:, -1])
+
+    def fusion_loss(self) -> Tensor:
+        """Fusion loss of the active adapter on this projection."""
+        with torch.autocast(self.get_base_layer().weight.device.type, enabled=False):
+            return self.active_fusion().loss(self.base_heads())
+
+    def shared_heads(self, adapter_name: str) -> SharedHeads:
+        """What the collapse needs of this projection."""
+        fusion = self.dha_fusion[adapter_name]
+        with torch.no_grad():
+            shared = fusion.fuse(self.base_heads()).shared
+        out = fusion.maps()[1]
+        return SharedHeads(fusion.groups, shared, out, self.layout.to(shared.device))
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        fusion = self.active_fusion()
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if self.disable_adapters or self.merged or fusion is None:
+            return self.base_layer(x, *args, **kwargs)
+        return nn.functional.linear(x, *self.fused_weight(fusion))
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write the fused weight, of unchanged shape, into the base layer; a copy of the base's weight is kept."""
+        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.dha_fusion]
+        if not names:
+            return
+        if self.merged or len(names) > 1:
+            raise ValueError("only one DHA adapter can be merged at a time; call `unmerge_adapter()` first.")
+        with torch.no_grad():
+            weight, bias = self.fused_weight(self.dha_fusion[names[0]])
+        if safe_merge and not torch.isfinite(weight).all():
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {names[0]} seems to be broken")
+        base = self.get_base_layer()
+        self._unmerged = tuple(None if t is None else t.detach().clone() for t in self._weight_and_bias())
+        base.weight.data.copy_(weight)
+        if bias is not None:
+            base.bias.data.copy_(bias)
+        self.merged_adapters.append(names[0])
+
+    def unmerge(self) -> None:
+        """Put the base's weight back, exactly."""
+        if not self.merged:
+            return
+        base = self.get_base_layer()
+        weight, bias = self._unmerged
+        base.weight.data.copy_(weight)
+        if bias is not None:
+            base.bias.data.copy_(bias)
+        self._unmerged = None
+        self.merged_adapters.clear()
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return False
+
+    def _weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
+        base = self.get_base_layer()
+        return base.weight, base.bias
+
+    def __repr__(self) -> str:
+        return "dha." + super().__repr__()

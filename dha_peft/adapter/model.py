@@ -1,0 +1,210 @@
+"""`DHAModel`: peft's tuner for DHA."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import nn
+
+from ..attention import KINDS, AttentionSite, find_attention
+from ..fusion.collapse import SharedHeads, collapse
+from ..models import FAMILIES, build_merged
+from ..plan import DHAPlan, LayerPlan
+from ..search import Analysis, analyse
+from .config import DHAConfig
+from .layer import DHALayer
+
+TARGET_MODULES = {name: [family.k, family.v] for name, family in FAMILIES.items()}
+TIED = 1e-3
+"""Fusion loss below which a collapse is taken not to change the model."""
+
+
+class DHAModel(BaseTuner):
+    """
+    Adapter that fuses the key heads and the value heads of a pretrained transformer, group by group.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The model to be adapted; its weights stay frozen.
+        config ([`DHAConfig`]): The configuration.
+        adapter_name (`str`): The name of the adapter, defaults to `"default"`.
+        low_cpu_mem_usage (`bool`, *optional*): Create empty adapter weights, to be loaded.
+
+    Example:
+
+        ```py
+        >>> from transformers import AutoModelForCausalLM
+        >>> from dha_peft import DHAConfig, get_dha_model
+
+        >>> model = AutoModelForCausalLM.from_pretrained("path/or/id")
+        >>> model = get_dha_model(model, DHAConfig(head_budget=0.25), calibration_data=batches)
+        >>> smaller = model.merge_and_unload()
+        ```
+    """
+
+    prefix: str = "dha_"
+    tuner_layer_cls = DHALayer
+    target_module_mapping = TARGET_MODULES
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        config: DHAConfig = self.peft_config[adapter_name]
+        self._sites = find_attention(model)
+        _refuse_nested_adapters(self._sites)
+        analysis = None
+        if config.plan is None and config.grouping != "learned":
+            analysis = analyse(model, None, config.grouping)
+            config.plan = analysis.plan(config.search_options()).to_dict()
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if config.plan is not None:
+            self.set_plan(DHAPlan.from_dict(config.plan), adapter_name, analysis)
+        if not config.init_weights:
+            for layer in self._layers():
+                layer.dha_fusion[adapter_name].randomize()
+
+    def set_plan(self, plan: DHAPlan, adapter_name: str = "default", analysis: Analysis | None = None) -> None:
+        """Give every layer its groups and, from an analysis, their frames; fusion matrices restart as identity.
+
+        Raises:
+            ValueError: the plan has other layers or heads than the model.
+        """
+        check_plan(plan, self._sites)
+        layers = list(self._layers())
+        if any(p.is_meta for layer in layers for p in layer.dha_fusion[adapter_name].parameters()):
+            return
+        frames = analysis.frames(plan) if analysis and self.peft_config[adapter_name].fusion == "aligned" else None
+        for site, layer_plan in zip(self._sites, plan.layers, strict=True):
+            for kind, groups in zip(KINDS, (layer_plan.key_groups, layer_plan.value_groups), strict=True):
+                fusion = _layer(site, kind).dha_fusion[adapter_name]
+                fusion.set_groups(groups, frames[site.index][kind] if frames else None)
+        self.peft_config[adapter_name].plan = plan.to_dict()
+
+    def plan(self, adapter_name: str = "default") -> DHAPlan:
+        """The groups as the layers hold them now."""
+        layers = []
+        for site in self._sites:
+            groups = [_layer(site, kind).dha_fusion[adapter_name].groups for kind in KINDS]
+            layers.append(LayerPlan(*groups))
+        return DHAPlan(tuple(layers), self._sites[0].head_dim)
+
+    def tie_groups(self, adapter_name: str = "default") -> None:
+        """Tie every group at once: from the identity this is the closed form, without any training."""
+        for layer in self._layers():
+            layer.dha_fusion[adapter_name].tie()
+
+    @torch.no_grad()
+    def fusion_loss(self) -> float:
+        """Mean fusion loss over layers and kinds of the active adapter; 0 when every group is tied."""
+        return float(torch.stack([layer.fusion_loss() for layer in self._layers()]).mean())
+
+    def _layers(self) -> list[DHALayer]:
+        return [module for module in self.model.modules() if isinstance(module, DHALayer)]
+
+    def _create_and_replace(
+        self,
+        peft_config: DHAConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **_: Any,
+    ) -> None:
+        inference = peft_config.inference_mode or adapter_name not in self.active_adapters
+        if isinstance(target, DHALayer):
+            target.update_layer(adapter_name, peft_config, inference)
+            return
+        layer = self._new_layer(target, parent, current_key)
+        layer.set_adapter(self.active_adapters)
+        layer.update_layer(adapter_name, peft_config, inference)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _new_layer(self, target: nn.Module, parent: nn.Module, key: str) -> DHALayer:
+        for site in self._sites:
+            for kind in KINDS:
+                if site.module is parent and site.projection(kind) is target:
+                    return DHALayer(target, kind, site.num_heads, site.layout(kind))
+        raise ValueError(
+            f"`target_modules` names `{key}`, which is not a key or value projection of a supported attention block; "
+            "leave `target_modules` empty to find them from the model's family."
+        )
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if not merge:
+            self.unmerge_adapter()
+            return super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
+        name = self._adapter_to_merge(adapter_names)
+        if name is None:
+            return super()._unload_and_optionally_merge(True, progressbar, safe_merge, adapter_names)
+        _warn_untied(self.fusion_loss())
+        plan, sites = self.plan(name), self._sites
+        shared = [tuple(_layer(site, kind).shared_heads(name) for kind in KINDS) for site in sites]
+        if safe_merge and not all(torch.isfinite(heads.shared).all() for pair in shared for heads in pair):
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+        # peft's own merge also merges adapters on other projections (LoRA on queries, output, MLP).
+        model = super()._unload_and_optionally_merge(True, progressbar, safe_merge, adapter_names)
+        return collapse_model(model, sites, plan, shared)
+
+    def _adapter_to_merge(self, adapter_names: list[str] | None) -> str | None:
+        names = self.active_adapters if adapter_names is None else adapter_names
+        known = [n for n in names if any(n in layer.dha_fusion for layer in self._layers())]
+        if len(known) > 1:
+            raise ValueError(f"only one DHA adapter can be merged, but {known} were asked for; name one of them.")
+        return known[0] if known else None
+
+
+def collapse_model(
+    model: nn.Module,
+    sites: list[AttentionSite],
+    plan: DHAPlan,
+    shared: list[tuple[SharedHeads, ...]],
+    share: bool = True,
+) -> nn.Module:
+    """Collapse every layer and build the merged model. `model` is the plain base; `share=False` copies its tensors."""
+    layer_weights = []
+    for site, (keys, values) in zip(sites, shared, strict=True):
+        weights = collapse(site.weights(), keys, values)
+        layer_weights.append(site.flat_weights(weights))
+    with torch.no_grad():
+        return build_merged(model, plan, layer_weights, share=share)
+
+
+def check_plan(plan: DHAPlan, sites: list[AttentionSite]) -> None:
+    """Raise ValueError unless the plan's layers and heads are the model's."""
+    planned, actual = [layer.num_heads for layer in plan.layers], [site.num_heads for site in sites]
+    if planned != actual or plan.head_dim != sites[0].head_dim:
+        raise ValueError(
+            f"the plan is for a base with {len(planned)} layers of {max(planned)} heads of {plan.head_dim}, but this model has "
+            f"{len(actual)} layers of {max(actual)} heads of {sites[0].head_dim}; load the base that the adapter was made for."
+        )
+
+
+def _layer(site: AttentionSite, kind: str) -> DHALayer:
+    return getattr(site.module, site.projection_name(kind))
+
+
+def _refuse_nested_adapters(sites: list[AttentionSite]) -> None:
+    for site in sites:
+        for kind in KINDS:
+            module = getattr(site.module, site.projection_name(kind))
+            if isinstance(module, BaseTunerLayer) and not isinstance(module, DHALayer):
+                raise ValueError(
+                    f"`{site.name}.{site.projection_name(kind)}` already carries a {type(module).__name__} adapter, which the collapse "
+                    "could not merge; put LoRA on the query, output and MLP projections instead."
+                )
+
+
+def _warn_untied(loss: float) -> None:
+    if loss > TIED:
+        warnings.warn(
+            f"groups are not tied yet: the fusion loss is {loss:.2e}, so the collapse changes the model. "
+            "Train on with DHACallback until it is near 0, or call `tie_groups()` for the closed form.",
+            stacklevel=4,
+        )

@@ -1,0 +1,227 @@
+"""One run over the calibration data: second moments of what enters every attention block, and, where the loss
+decides how much an error matters, second moments of the loss gradient at every key and value head (ours)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..attention import AttentionSite
+from ..fusion.moments import MomentAccumulator, identity_moment, output_metric, query_metric
+
+Batch = dict[str, Any]
+
+
+@dataclass
+class Statistics:
+    """`moments[l]` `[E, E]`; `metrics[l][kind]` `[H, d, d]`, how an error in a head's output moves the loss."""
+
+    moments: list[Tensor]
+    metrics: list[dict[str, Tensor]]
+    tokens: int = 0
+    in_nats: bool = field(default=False)
+
+
+def collect_statistics(
+    model: nn.Module, sites: list[AttentionSite], data: Iterable[Batch] | None, gradient_tokens: int = 16_384
+) -> Statistics:
+    """Run `data` through the model. Without data: white inputs and the weights' own metrics, with a warning.
+
+    The first `gradient_tokens` tokens also go backwards, with labels drawn from the model itself (a Fisher metric,
+    so no labels are needed); models without logits keep the weights' metrics.
+
+    Raises:
+        ValueError: a batch without `input_ids`, no batch at all, or weights that are not finite.
+    """
+    _check_finite(sites)
+    if data is None:
+        warnings.warn(
+            "no `calibration_data`: heads are compared by their weights alone, which costs quality; "
+            "pass a few batches with `input_ids` of typical text.",
+            stacklevel=3,
+        )
+        return _weights_only(sites)
+    moments = [_accumulator(site) for site in sites]
+    fisher = [_FisherAccumulator(site) for site in sites]
+    tokens = _run(model, sites, _checked(data), moments, fisher, gradient_tokens)
+    means = [moment.mean() for moment in moments]
+    metrics = [weight_metrics(s, m) for s, m in zip(sites, means, strict=True)]
+    if fisher[0].count:
+        metrics = [_blend(f.metrics(), own) for f, own in zip(fisher, metrics, strict=True)]
+    return Statistics(means, metrics, tokens, in_nats=bool(fisher[0].count))
+
+
+def _blend(fisher: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Equal parts of the Fisher metric and of the weights' own, on the Fisher metric's scale: the Fisher metric knows what
+    matters to the loss, the other is not fooled by directions whose gradient is small only for small errors."""
+    return {kind: fisher[kind] + own[kind] * (_trace(fisher[kind]) / _trace(own[kind])) for kind in fisher}
+
+
+def _trace(metric: Tensor) -> Tensor:
+    return metric.diagonal(dim1=-2, dim2=-1).sum().clamp_min(torch.finfo(metric.dtype).tiny)
+
+
+def weight_metrics(site: AttentionSite, moment: Tensor) -> dict[str, Tensor]:
+    """METHOD's metrics, from weights and moments: query energy for keys, output weights for values."""
+    weights = site.weights().to(moment.device)
+    return {"key": query_metric(weights, moment), "value": output_metric(weights)}
+
+
+def _weights_only(sites: list[AttentionSite]) -> Statistics:
+    moments = []
+    for site in sites:
+        weight = site.projection("key").weight
+        moments.append(identity_moment(weight.shape[1], site.has_bias, device=weight.device))
+    return Statistics(moments, [weight_metrics(s, m) for s, m in zip(sites, moments, strict=True)])
+
+
+def _accumulator(site: AttentionSite) -> MomentAccumulator:
+    weight = site.projection("key").weight
+    return MomentAccumulator(weight.shape[1], site.has_bias, weight.device)
+
+
+class _FisherAccumulator:
+    """Sums `g g^T` per head, `g` the gradient of the summed loss at the projection's output."""
+
+    def __init__(self, site: AttentionSite) -> None:
+        self.heads, self.dim, self.count = site.num_heads, site.head_dim, 0
+        device = site.projection("key").weight.device
+        self.total = {kind: torch.zeros(self.heads, self.dim, self.dim, device=device) for kind in ("key", "value")}
+
+    def add(self, kind: str, gradient: Tensor) -> None:
+        heads = gradient.float().reshape(-1, self.heads, self.dim).transpose(0, 1)
+        self.total[kind] += heads.transpose(1, 2) @ heads
+
+    def metrics(self) -> dict[str, Tensor]:
+        return {kind: total / self.count for kind, total in self.total.items()}
+
+
+def _run(model, sites, data, moments, fisher, gradient_tokens: int) -> int:
+    training, tokens = model.training, 0
+    model.eval()
+    try:
+        for batch in tqdm(data, desc="calibrating", unit="batch", disable=None):
+            batch = {key: value.to(_device(model)) for key, value in batch.items() if isinstance(value, torch.Tensor)}
+            inputs = {key: batch[key] for key in ("input_ids", "attention_mask") if key in batch}
+            with _recording(sites, moments, inputs.get("attention_mask")):
+                backwards = fisher[0].count < gradient_tokens
+                counted = _backward(model, sites, inputs, fisher) if backwards else _forward(model, inputs)
+            tokens += counted
+    finally:
+        model.train(training)
+    return tokens
+
+
+def _forward(model: nn.Module, inputs: Batch) -> int:
+    trunk = getattr(model, "base_model", model)
+    with torch.no_grad(), _autocast(model):
+        trunk(**inputs, use_cache=False)
+    return _count(inputs)
+
+
+def _backward(model: nn.Module, sites, inputs: Batch, fisher: list[_FisherAccumulator]) -> int:
+    """Forward and backward of one batch with labels sampled from the model's own distribution."""
+    frozen = [(p, p.requires_grad) for p in model.parameters()]
+    handles = []
+    try:
+        for parameter, _ in frozen:
+            parameter.requires_grad_(False)
+        handles = [h for site, f in zip(sites, fisher, strict=True) for h in _gradient_hooks(site, f)]
+        with torch.enable_grad(), _autocast(model):
+            logits = getattr(model(**inputs, use_cache=False), "logits", None)
+        if logits is None or logits.dim() != 3:
+            return _count(inputs)
+        _sampled_loss(logits, inputs.get("attention_mask")).backward()
+        for f in fisher:
+            f.count += _count(inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, flag in frozen:
+            parameter.requires_grad_(flag)
+    return _count(inputs)
+
+
+def _sampled_loss(logits: Tensor, mask: Tensor | None) -> Tensor:
+    rows = logits.flatten(0, 1).float()
+    generator = torch.Generator(device=rows.device).manual_seed(0)
+    labels = torch.multinomial(rows.detach().softmax(-1), 1, generator=generator)[:, 0]
+    loss = torch.nn.functional.cross_entropy(rows, labels, reduction="none")
+    return loss.sum() if mask is None else (loss * mask.flatten()).sum()
+
+
+def _gradient_hooks(site: AttentionSite, fisher: _FisherAccumulator):
+    def watch(kind: str):
+        def hook(_module, _inputs, output):
+            if not output.requires_grad:
+                output.requires_grad_(True)
+            output.register_hook(lambda gradient: fisher.add(kind, gradient))
+
+        return hook
+
+    return [site.projection(kind).register_forward_hook(watch(kind)) for kind in ("key", "value")]
+
+
+@contextmanager
+def _recording(sites, moments, mask: Tensor | None) -> Iterator[None]:
+    """Feed the inputs of every key projection into its accumulator; padding does not count."""
+
+    def watch(moment: MomentAccumulator):
+        def hook(_module, inputs):
+            rows = inputs[0].detach().flatten(0, -2)
+            moment.add(rows if mask is None else rows[mask.flatten().bool()])
+
+        return hook
+
+    handles = [s.projection("key").register_forward_pre_hook(watch(m)) for s, m in zip(sites, moments, strict=True)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _checked(data: Iterable[Batch]) -> Iterator[Batch]:
+    empty = True
+    for batch in data:
+        if not hasattr(batch, "keys") or "input_ids" not in batch:
+            found = sorted(batch.keys()) if hasattr(batch, "keys") else type(batch).__name__
+            raise ValueError(
+                f"a batch of `calibration_data` has no `input_ids` (it has {found}); yield dicts with `input_ids` "
+                "[batch, length] and, if padded, `attention_mask`."
+            )
+        empty = False
+        yield batch
+    if empty:
+        raise ValueError("`calibration_data` yields no batch; pass at least one, or None to use the weights alone.")
+
+
+def _check_finite(sites: list[AttentionSite]) -> None:
+    for site in sites:
+        for kind in ("query", "key", "value", "output"):
+            if not torch.isfinite(site.projection(kind).weight).all():
+                raise ValueError(
+                    f"`{site.name}.{site.projection_name(kind)}` holds NaN or infinite weights, so heads cannot be compared; "
+                    "load an intact checkpoint."
+                )
+
+
+def _autocast(model: nn.Module):
+    """bfloat16 matrix products: moments need no more, and they are several times faster."""
+    return torch.autocast(_device(model).type, torch.bfloat16)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _count(inputs: Batch) -> int:
+    mask = inputs.get("attention_mask")
+    return inputs["input_ids"].numel() if mask is None else int(mask.sum())

@@ -1,0 +1,63 @@
+"""`DHACallback`: the schedule as a Trainer callback."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .schedule import FusionSchedule, ScheduleOptions, ScheduleState
+
+
+class DHACallback(TrainerCallback):
+    """Runs search and fusion in any Trainer (also TRL's), for any task type.
+
+    Args:
+        search_steps: optimizer steps of the learned search; None takes a fifth of the run with `grouping="learned"`, else none.
+        ramp: share of the remaining steps over which the fusion target falls to 0; the rest holds it there.
+        lambda1_rate, lambda2_rate: ascent of the multipliers per step.
+
+    Multipliers and position are saved with the adapter, so a resumed run goes on where it stopped. Each step's figures are in
+    `trainer.state.log_history` under `dha/...`.
+    """
+
+    def __init__(
+        self,
+        search_steps: int | None = None,
+        ramp: float = 0.7,
+        lambda1_rate: float = 1.0,
+        lambda2_rate: float = 100.0,
+    ) -> None:
+        if not 0 < ramp <= 1:
+            raise ValueError(f"`ramp` is {ramp}, but it is a share of the training steps; choose a number in (0, 1].")
+        self.search_steps, self.ramp = search_steps, ramp
+        self.rates = {"lambda1_rate": lambda1_rate, "lambda2_rate": lambda2_rate}
+        self.schedule: FusionSchedule | None = None
+        self.last: ScheduleState | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        probe = FusionSchedule(model, ScheduleOptions(1))
+        learned = probe.needs_search
+        search = self.search_steps if self.search_steps is not None else state.max_steps // 5
+        search = search if learned else 0
+        ramp = max(int((state.max_steps - search) * self.ramp), 1)
+        self.schedule = FusionSchedule(model, ScheduleOptions(ramp, search, **self.rates))
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.last = self.schedule.step()
+        state.log_history.append({"step": state.global_step + 1, **self.last.logs()})
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        if self.last is not None and logs is not None and "loss" in logs:
+            logs.update(self.last.logs())
