@@ -105,9 +105,7 @@ class DHAPlan:
         """Per layer: heads before, key heads and value heads after; then the KV cache per token."""
         rows = ["layer  heads  key heads  value heads"]
         for index, layer in enumerate(self.layers):
-            rows.append(
-                f"{index:5d}  {layer.num_heads:5d}  {layer.num_key_heads:9d}  {layer.num_value_heads:11d}"
-            )
+            rows.append(f"{index:5d}  {layer.num_heads:5d}  {layer.num_key_heads:9d}  {layer.num_value_heads:11d}")
         before, after = self.kv_bytes_per_token(bytes_per_value)
         rows.append(
             f"KV heads {self.heads_before} -> {self.heads_after} ({self.kept:.1%}), "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .alignment import weighted_gram
+from .alignment import WeightedGram, weighted_gram
 from .heads import FrameLayout
 
 
@@ -35,9 +35,9 @@ def aligned_similarity(gram: Tensor, metric: Tensor, layout: FrameLayout) -> Ten
     return similarity
 
 
-def _pair_similarity(spectra) -> Tensor:
+def _pair_similarity(spectra: WeightedGram) -> Tensor:
     """Energy kept beyond what the better half alone would keep, over the most that could be gained."""
-    kept, total, alone = 0.0, 0.0, 0.0
+    kept, total, alone = torch.zeros(3, dtype=spectra.full.dtype, device=spectra.full.device).unbind()
     for matrix, keep in spectra.parts():
         values = torch.linalg.eigvalsh(matrix)
         kept = kept + values[..., -keep:].sum()

@@ -1,0 +1,34 @@
+# make test | lint | demo; the first call builds .venv. PYTHON=python3.12 picks another interpreter (3.11 or newer).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# The torch that the tests are developed against; users get any torch that pyproject.toml allows.
+TORCH ?= torch==2.13.0
+
+.PHONY: .venv test lint format demo
+
+.venv: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("dha_peft needs Python 3.11 or newer; set PYTHON." if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) '$(TORCH)' || $(PIP) 'torch>=2.8'
+	$(PIP) -e '.[dev]'
+	@touch $@
+
+test: .venv
+	$(BIN)/python -m pytest tests
+
+lint: .venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+demo: .venv
+	$(BIN)/python examples/demo.py
