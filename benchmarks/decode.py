@@ -76,7 +76,9 @@ def measured(args: argparse.Namespace, device: torch.device, dtype: torch.dtype,
     if args.what == "kernel":
         default = BARS if device.type == "cuda" else ("1x512:8/8", "1x2048:8/8", "1x4096:5/11", "4x2048:8/8")
         for text in args.shape or default:
-            yield from kernel_results(shape_of(text, args.query_heads, args.head_dim), device, dtype, copy, set(args.rivals))
+            yield from kernel_results(
+                shape_of(text, args.query_heads, args.head_dim), device, dtype, copy, set(args.rivals)
+            )
         return
     from decode_model import ModelShape, generate_results, model_results
 

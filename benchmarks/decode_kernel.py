@@ -35,7 +35,9 @@ def random_map(heads: int, queries: int) -> Tensor:
     return reads[torch.randperm(queries)]
 
 
-def kernel_results(shape: Shape, device: torch.device, dtype: torch.dtype, copy: float, rivals: set[str]) -> Iterator[Result]:
+def kernel_results(
+    shape: Shape, device: torch.device, dtype: torch.dtype, copy: float, rivals: set[str]
+) -> Iterator[Result]:
     """Measure one shape. Several caches take turns, so that none of them stays in the chip's own cache."""
     for name, key_heads, value_heads, make in _contestants(shape, device):
         if name.split()[0] not in rivals and not name.startswith("dha"):
@@ -106,7 +108,9 @@ def _dha(shape: Shape, device: torch.device) -> Callable[[Tensor, Tensor, Tensor
 
 
 def _grouped(shape: Shape, device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    maps = HeadMaps(*(random_map(n, shape.query_heads).tolist() for n in (shape.key_heads, shape.value_heads))).to(device)
+    maps = HeadMaps(*(random_map(n, shape.query_heads).tolist() for n in (shape.key_heads, shape.value_heads))).to(
+        device
+    )
     return lambda q, k, v: grouped_attention(q, k, v, maps, shape.head_dim**-0.5)[0]
 
 

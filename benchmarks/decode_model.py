@@ -34,7 +34,7 @@ class ModelShape:
 
 
 def build(name: str, shape: ModelShape, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """"mha", "gqa" (as many KV heads as ours on average) or "dha" (random groups), with random weights."""
+    """Name "mha", "gqa" (as many KV heads as ours on average) or "dha" (random groups), with random weights."""
     kv_heads = (shape.key_heads + shape.value_heads) // 2 if name == "gqa" else shape.query_heads
     config = LlamaConfig(
         vocab_size=shape.vocab, hidden_size=shape.hidden, intermediate_size=shape.intermediate,
@@ -50,7 +50,9 @@ def _fused(base: PreTrainedModel, shape: ModelShape) -> PreTrainedModel:
     head_dim = shape.hidden // shape.query_heads
     layers, weights = [], []
     for layer in base.model.layers:
-        plan = LayerPlan(_random_groups(shape.query_heads, shape.key_heads), _random_groups(shape.query_heads, shape.value_heads))
+        plan = LayerPlan(
+            _random_groups(shape.query_heads, shape.key_heads), _random_groups(shape.query_heads, shape.value_heads)
+        )
         attention = layer.self_attn
         layers.append(plan)
         weights.append({
@@ -66,7 +68,9 @@ def _random_groups(heads: int, groups: int) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(order[index::groups]) for index in range(groups))
 
 
-def filled_cache(model: PreTrainedModel, shape: ModelShape, batch: int, kind: str, room: int) -> StaticCache | DynamicCache:
+def filled_cache(
+    model: PreTrainedModel, shape: ModelShape, batch: int, kind: str, room: int
+) -> StaticCache | DynamicCache:
     """A cache that holds `context` random tokens; a static one has room for `room` more."""
     config, parameter = model.config, next(model.parameters())
     static = kind == "static"
@@ -75,14 +79,17 @@ def filled_cache(model: PreTrainedModel, shape: ModelShape, batch: int, kind: st
     for index, layer in enumerate(model.model.layers):
         heads = (layer.self_attn.k_proj.out_features // head_dim, layer.self_attn.v_proj.out_features // head_dim)
         states = [
-            torch.randn(batch, n, shape.context, head_dim, device=parameter.device, dtype=parameter.dtype) for n in heads
+            torch.randn(batch, n, shape.context, head_dim, device=parameter.device, dtype=parameter.dtype)
+            for n in heads
         ]
         CacheView(cache).update(*states, index)
     return cache
 
 
 @torch.no_grad()
-def step_milliseconds(model: PreTrainedModel, cache: StaticCache | DynamicCache, batch: int, steps: int, compiled: bool) -> float:
+def step_milliseconds(
+    model: PreTrainedModel, cache: StaticCache | DynamicCache, batch: int, steps: int, compiled: bool
+) -> float:
     """Wall time of a greedy decode step, its argmax included."""
     device = next(model.parameters()).device
     token = torch.zeros(batch, 1, dtype=torch.long, device=device)
@@ -165,7 +172,9 @@ def generate_results(
         del model
 
 
-def _fill(result: Result, model: PreTrainedModel, shape: ModelShape, steps: int, kind: str, compiled: bool, copy: float) -> None:
+def _fill(
+    result: Result, model: PreTrainedModel, shape: ModelShape, steps: int, kind: str, compiled: bool, copy: float
+) -> None:
     device = next(model.parameters()).device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()

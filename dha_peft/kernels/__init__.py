@@ -7,6 +7,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
+from .masks import mask_bounds, visible_keys
 from .naive import naive_decode
 from .ops import decode
 
@@ -54,7 +55,9 @@ def dha_decode(
     if backend == "torch" or why_not:
         return naive_decode(q, k, v, key_map, value_map, scale, mask, start, length)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return decode(q, k, v, key_map, value_map, scale, mask, start, length)
+    if mask is not None and (start is not None or length is not None):
+        mask, start, length = _masked_bounds(q, k, mask, start, length), None, None
+    return _triton(q, k, v, key_map, value_map, scale, mask, start, length)
 
 
 def decode_kernel(
@@ -63,7 +66,7 @@ def decode_kernel(
     """`dha_decode` for `dha_peft.models.set_decode_kernel`: None where the kernel does not fit, and the model goes on in torch."""
     if unsupported(q, k, v, mask):
         return None
-    return decode(q, k, v, key_map, value_map, scale, mask)
+    return _triton(q, k, v, key_map, value_map, scale, mask, None, None)
 
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> str | None:
@@ -85,6 +88,28 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> 
     if mask is not None and mask.dtype not in _MASK_TYPES:
         return f"the mask is {mask.dtype}"
     return None
+
+
+def _triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_map: Tensor,
+    value_map: Tensor,
+    scale: float,
+    mask: Tensor | None,
+    start: Tensor | None,
+    length: Tensor | None,
+) -> Tensor:
+    if mask is None or not torch.compiler.is_compiling():
+        return decode(q, k, v, key_map, value_map, scale, mask, start, length)
+    return decode(q, k, v, key_map, value_map, scale, mask, *mask_bounds(mask, q.shape[0]))
+
+
+def _masked_bounds(q: Tensor, k: Tensor, mask: Tensor, start: Tensor | None, length: Tensor | None) -> Tensor:
+    """A mask that says what start and length say, too."""
+    inside = visible_keys(1, k.shape[2], None, start, length, q.device)
+    return mask & inside if mask.dtype == torch.bool else mask.masked_fill(~inside, torch.finfo(mask.dtype).min)
 
 
 __all__ = ["HAS_TRITON", "decode_kernel", "dha_decode", "naive_decode", "unsupported"]

@@ -9,10 +9,13 @@ import torch
 import triton
 from torch import Tensor
 
+from .bounds import launch_bounds
 from .triton_decode import attend_kernel, combine_kernel
 
 MAX_SPLITS = 512
 _LOG2E = 1.4426950408889634
+# Bytes that a multiprocessor keeps on the way: several times bandwidth x latency, with room for two programs.
+_IN_FLIGHT = 96 * 1024
 
 
 @dataclass(frozen=True)
@@ -35,10 +38,13 @@ def choose_tiling(rows: int, block_d: int, shared_memory: int) -> Tiling:
         shared_memory: bytes that one program may use.
     """
     rows = min(128 if block_d <= 128 else 64, max(16, triton.next_power_of_2(rows)))
-    keys = 128 if rows * block_d <= 64 * 128 and block_d <= 128 else 64
-    fixed = rows * (block_d + keys) * 2
-    stages = (shared_memory - fixed - 8192) // (keys * block_d * 2)
-    return Tiling(rows, keys, 8, max(2, min(4, stages)), 1)
+    small = rows <= 32 and block_d <= 128
+    keys = 128 if rows == 64 and block_d == 128 else 64
+    per_processor = 2 if small and shared_memory >= 200_000 else 1
+    tile = keys * block_d * 2
+    room = shared_memory // per_processor - rows * (block_d + keys) * 2 - 4096
+    stages = min(8, 1 + _IN_FLIGHT // per_processor // tile, room // tile)
+    return Tiling(rows, keys, 4 if small else 8, max(2, stages), per_processor)
 
 
 @lru_cache(maxsize=4096)
@@ -80,15 +86,20 @@ def launch_decode(
     mask: Tensor | None = None,
     start: Tensor | None = None,
     length: Tensor | None = None,
+    plain: Tensor | None = None,
     tiling: Tiling | None = None,
     splits: int | None = None,
 ) -> Tensor:
-    """Arguments as in `naive_decode`, all on one CUDA device; `mask` is `[B or 1, 1, Tq or 1, >= S]`.
+    """Arguments as in `naive_decode`, all on one CUDA device; `mask` is `[B or 1, 1, Tq or 1, S]`. With a mask, start,
+    length and plain are its `mask_bounds`, or all None.
 
     `tiling` and `splits` override the choice made here (measurements).
     """
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     batch, heads, tokens, dim = q.shape
+    if mask is not None and plain is None:
+        start, length, plain = launch_bounds(mask, batch)
+    start, length, plain = (x if x is None else x.contiguous() for x in (start, length, plain))
     rows, num_keys, block_d = heads * tokens, k.shape[2], max(16, triton.next_power_of_2(dim))
     processors, shared_memory, pdl = _device(q.device.index or 0)
     tiling = tiling or choose_tiling(rows, block_d, shared_memory)
@@ -99,8 +110,9 @@ def launch_decode(
     part, lse = _partials(q, splits, rows)
     attend_kernel[(splits, row_blocks, batch)](
         q, k, v, key_map, value_map, *_mask_pointer(mask, q), q if start is None else start,
-        q if length is None else length, out, part, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        q if length is None else length, q if plain is None else plain, out, part, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         *_mask_strides(mask), *out.stride()[:3], k.shape[1], v.shape[1], num_keys, rows, splits, scale * _LOG2E,
+        0.0 if _mask_kind(mask) < 2 else torch.finfo(mask.dtype).min / 2,
         TOKENS=tokens, DIM=dim, BLOCK_D=block_d, ROWS=tiling.rows, KEYS=tiling.keys, STAGES=tiling.stages,
         ALIGN=_alignment(k, v), MASK=_mask_kind(mask), HAS_START=start is not None, HAS_LENGTH=length is not None,
         SPLIT=splits > 1, PDL=pdl, num_warps=tiling.warps, **({"launch_pdl": True} if pdl else {}),

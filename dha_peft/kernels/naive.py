@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .masks import visible_keys
+
 
 def naive_decode(
     q: Tensor,
@@ -44,28 +46,3 @@ def naive_decode(
     # What lies beyond the filled part of a cache may be anything, NaN too.
     values = torch.where(seen.any(2).unsqueeze(-1), values, 0.0)
     return torch.matmul(weights, values).to(q.dtype)
-
-
-def visible_keys(
-    queries: int,
-    keys: int,
-    mask: Tensor | None,
-    start: Tensor | None,
-    length: Tensor | None,
-    device: torch.device | str,
-) -> Tensor:
-    """Which keys each query sees: bool, broadcasts to `[B, Hq, Tq, S]`."""
-    index = torch.arange(keys, device=device)
-    end = torch.full((1,), keys, device=device) if length is None else length
-    last = end.view(-1, 1, 1, 1)
-    if mask is None:
-        last = last - torch.arange(queries - 1, -1, -1, device=device).view(1, 1, -1, 1)
-    seen = index < last
-    if start is not None:
-        seen = seen & (index >= start.view(-1, 1, 1, 1))
-    return seen if mask is None else seen & attended(mask)
-
-
-def attended(mask: Tensor) -> Tensor:
-    """A mask as bool. Additive masks hide a key by their dtype's lowest number, or anything near it."""
-    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2

@@ -17,14 +17,15 @@ def decode(
     mask: Tensor | None = None,
     start: Tensor | None = None,
     length: Tensor | None = None,
+    plain: Tensor | None = None,
 ) -> Tensor:
-    """Arguments of `naive_decode` -> `[B, Hq, Tq, d]`, laid out in memory as `[B, Tq, Hq, d]`."""
+    """Arguments of `launch_decode` -> `[B, Hq, Tq, d]`, laid out in memory as `[B, Tq, Hq, d]`."""
     from .launch import launch_decode
 
-    return launch_decode(q, k, v, key_map, value_map, scale, mask, start, length)
+    return launch_decode(q, k, v, key_map, value_map, scale, mask, start, length, plain)
 
 
 @decode.register_fake
-def _(q, k, v, key_map, value_map, scale, mask=None, start=None, length=None):
+def _(q, k, v, key_map, value_map, scale, mask=None, start=None, length=None, plain=None):
     batch, heads, tokens, dim = q.shape
     return q.new_empty(batch, tokens, heads, dim).transpose(1, 2)

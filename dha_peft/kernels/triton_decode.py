@@ -16,85 +16,66 @@ import triton.language as tl
 
 LOWEST = tl.constexpr(-1.0e30)
 LOG2E = tl.constexpr(1.4426950408889634)
-SCAN = tl.constexpr(8192)
-
-
-@triton.jit
-def _seen_by_any(mask_ptr, mask_st, mask_ss, num_keys, TOKENS: tl.constexpr, MASK: tl.constexpr):
-    """First key that any query of the sequence sees, and one past the last; `num_keys` and 0 if none is seen."""
-    first, last = num_keys, 0
-    for begin in range(0, num_keys, SCAN):
-        key = begin + tl.arange(0, SCAN)
-        seen = key < 0
-        for token in tl.static_range(TOKENS):
-            at = mask_ptr + token * mask_st + key.to(tl.int64) * mask_ss
-            if MASK == 1:
-                seen = seen | (tl.load(at, mask=key < num_keys, other=0) != 0)
-            else:
-                lowest: tl.constexpr = -32752.0 if mask_ptr.dtype.element_ty == tl.float16 else -1.5e38
-                seen = seen | (tl.load(at, mask=key < num_keys, other=float("-inf")) > lowest)
-        first = tl.minimum(first, tl.min(tl.where(seen, key, num_keys), 0))
-        last = tl.maximum(last, tl.max(tl.where(seen, key + 1, 0), 0))
-    return first, last
 
 
 @triton.jit
 def _stretch(
-    batch, split, mask_ptr, mask_st, mask_ss, start_ptr, length_ptr, num_keys, num_splits,
-    TOKENS: tl.constexpr, MASK: tl.constexpr, HAS_START: tl.constexpr, HAS_LENGTH: tl.constexpr,
-):  # fmt: skip
-    """First key and end of this program's stretch, and the end of the sequence. Nothing is read on the host."""
+    batch, split, start_ptr, length_ptr, num_keys, num_splits, HAS_START: tl.constexpr, HAS_LENGTH: tl.constexpr
+):
+    """First key and end of this program's stretch, and of the whole sequence. Nothing is read on the host."""
     begin, end = 0, num_keys
     if HAS_START:
         begin = tl.maximum(tl.load(start_ptr + batch).to(tl.int32), 0)
     if HAS_LENGTH:
         end = tl.minimum(tl.load(length_ptr + batch).to(tl.int32), num_keys)
-    if MASK != 0:
-        seen_first, seen_end = _seen_by_any(mask_ptr, mask_st, mask_ss, num_keys, TOKENS, MASK)
-        begin, end = tl.maximum(begin, seen_first), tl.minimum(end, seen_end)
     share = (tl.cdiv(tl.maximum(end - begin, 0), num_splits) + 15) // 16 * 16
     first = begin + split * share
-    return first, tl.minimum(end, first + share), end
+    return first, tl.minimum(end, first + share), begin, end
 
 
 @triton.jit
-def _hide(scores, key, token, stop, end, mask_ptr, mask_st, mask_ss, TOKENS: tl.constexpr, MASK: tl.constexpr):
+def _hide(
+    scores, key, token, stop, end, holes, mask_ptr, mask_st, mask_ss, lowest, TOKENS: tl.constexpr, MASK: tl.constexpr
+):  # fmt: skip
     """Scores `[keys, rows]` in base 2 with -inf where a row must not look. MASK: 0 causal, 1 bool, 2 additive."""
     seen = (key < stop)[:, None]
     if MASK == 0:
         if TOKENS > 1:
             seen = seen & (key[:, None] <= (end - TOKENS + token)[None, :])
+        scores = tl.where(seen, scores, -float("inf"))
     else:
-        at = key[:, None].to(tl.int64) * mask_ss
-        if TOKENS > 1:
-            at = at + token[None, :] * mask_st
-        value = tl.load(mask_ptr + at, mask=seen, other=0)
-        if MASK == 1:
-            seen = seen & (value != 0)
-        else:
-            scores += value.to(tl.float32) * LOG2E
-    return tl.where(seen, scores, -float("inf"))
+        scores = tl.where(seen, scores, -float("inf"))
+        # Most masks only bound the sequence, which start and length have said already.
+        if holes:
+            at = mask_ptr + key[:, None].to(tl.int64) * mask_ss
+            if TOKENS > 1:
+                at = at + token[None, :] * mask_st
+            value = tl.load(at, mask=seen, other=0)
+            if MASK == 1:
+                scores = tl.where(value != 0, scores, -float("inf"))
+            else:
+                value = value.to(tl.float32)
+                scores = tl.where(value > lowest, scores + value * LOG2E, -float("inf"))
+    return scores
 
 
 @triton.jit
 def attend_kernel(
-    q_ptr, k_ptr, v_ptr, key_map_ptr, value_map_ptr, mask_ptr, start_ptr, length_ptr, out_ptr, part_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, key_map_ptr, value_map_ptr, mask_ptr, start_ptr, length_ptr, plain_ptr, out_ptr, part_ptr, lse_ptr,
     q_sb, q_sh, q_st, k_sb, k_sh, k_ss, v_sb, v_sh, v_ss, mask_sb, mask_st, mask_ss, out_sb, out_sh, out_st,
-    key_heads, value_heads, num_keys, num_rows, num_splits, scale,
+    key_heads, value_heads, num_keys, num_rows, num_splits, scale, lowest,
     TOKENS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     STAGES: tl.constexpr, ALIGN: tl.constexpr, MASK: tl.constexpr, HAS_START: tl.constexpr, HAS_LENGTH: tl.constexpr,
     SPLIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (splits, blocks of rows, batch). With SPLIT, writes each stretch's output (float32, `part [B, splits,
-    rows, d]`) and its base-2 log-sum-exp (`lse [B, splits, rows]`), else the final output."""
+    rows, d]`) and its base-2 log-sum-exp (`lse [B, splits, rows]`), else the final output. `plain [B]` counts the keys
+    that the mask shows to every query unchanged."""
     split, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    if PDL == 2:
+        tl.extra.cuda.gdc_launch_dependents()
     if PDL:
         tl.extra.cuda.gdc_wait()
-    mask_ptr += batch * mask_sb
-    first, stop, end = _stretch(
-        batch, split, mask_ptr, mask_st, mask_ss, start_ptr, length_ptr, num_keys, num_splits,
-        TOKENS, MASK, HAS_START, HAS_LENGTH,
-    )  # fmt: skip
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     real, head, token = row < num_rows, row // TOKENS, row % TOKENS
     dim, col = tl.arange(0, BLOCK_D), tl.arange(0, KEYS)
@@ -103,6 +84,12 @@ def attend_kernel(
     value_of = tl.load(value_map_ptr + head, mask=real, other=1 << 20).to(tl.int32)
     at = batch * q_sb + head * q_sh + token * q_st
     q = tl.load(q_ptr + at[None, :] + dim[:, None], mask=real[None, :] & in_dim[:, None], other=0.0)
+    first, stop, begin, end = _stretch(
+        batch, split, start_ptr, length_ptr, num_keys, num_splits, HAS_START, HAS_LENGTH
+    )  # fmt: skip
+    holes = False
+    if MASK != 0:
+        holes = tl.load(plain_ptr + batch) != end - begin
 
     top = tl.full([ROWS], LOWEST, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -129,7 +116,10 @@ def attend_kernel(
         )
         scores = tl.where((key_of == tile)[None, :], tl.dot(x, q), scores)
         if tile == key_heads - 1:
-            hidden = _hide(scores * scale, key, token, stop, end, mask_ptr, mask_st, mask_ss, TOKENS, MASK)
+            mask_at = mask_ptr + batch * mask_sb
+            hidden = _hide(
+                scores * scale, key, token, stop, end, holes, mask_at, mask_st, mask_ss, lowest, TOKENS, MASK
+            )
             new_top = tl.maximum(top, tl.max(hidden, 0))
             weights = tl.exp2(hidden - new_top[None, :])
             shrink = tl.exp2(top - new_top)
@@ -142,7 +132,7 @@ def attend_kernel(
         block = tl.where(tile == tiles, block + KEYS, block)
         tile = tl.where(tile == tiles, 0, tile)
 
-    if PDL:
+    if PDL == 1:
         tl.extra.cuda.gdc_launch_dependents()
     out = out / tl.maximum(total, 1.0e-30)[None, :]
     stored = real[None, :] & in_dim[:, None]

@@ -79,6 +79,11 @@ def test_fake_operator_has_the_layout_of_the_real_one():
 
     with FakeTensorMode():
         out = torch.ops.dha_peft.decode(
-            torch.empty(2, 6, 3, 8), torch.empty(2, 2, 9, 8), torch.empty(2, 3, 9, 8), torch.zeros(6), torch.zeros(6), 1.0
+            torch.empty(2, 6, 3, 8),
+            torch.empty(2, 2, 9, 8),
+            torch.empty(2, 3, 9, 8),
+            torch.zeros(6),
+            torch.zeros(6),
+            1.0,
         )
     assert out.shape == (2, 6, 3, 8) and out.transpose(1, 2).is_contiguous()

@@ -56,7 +56,9 @@ def test_ragged_random_shapes(seed):
     batch, tokens = draw.choice([1, 2, 5]), draw.choice([1, 1, 2, 3, 5])
     keys = draw.randint(tokens + 1, 3000)
     dim, dtype = draw.choice([32, 64, 80, 128]), draw.choice(list(TOLERANCE))
-    args = make(batch, draw.choice([4, 8, 20, 32]), draw.randint(1, 13), draw.randint(1, 13), tokens, keys, dim, dtype, seed)
+    args = make(
+        batch, draw.choice([4, 8, 20, 32]), draw.randint(1, 13), draw.randint(1, 13), tokens, keys, dim, dtype, seed
+    )
     start = torch.tensor([draw.randint(0, keys - tokens) for _ in range(batch)], device="cuda")
     length = torch.tensor([draw.randint(int(s) + tokens, keys) for s in start], device="cuda")
     want_inputs = {"start": start, "length": length}
@@ -109,6 +111,17 @@ def test_compiled_whole_and_in_a_cuda_graph():
         for _ in range(4):
             torch.compiler.cudagraph_mark_step_begin()
             torch.testing.assert_close(compiled(*args, mask=mask).clone(), want)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_one_mask_for_all_sequences(compiled):
+    args = make(5, 8, 2, 3, 1, 300, 64)
+    mask = torch.zeros(1, 1, 1, 300, dtype=torch.bool, device="cuda")
+    mask[..., 40:200] = True
+    for given in (mask, mask.expand(5, -1, -1, -1)):
+        call = lambda *a: dha_decode(*a, mask=given, backend="triton")  # noqa: B023, E731
+        out = torch.compile(call, fullgraph=True)(*args) if compiled else call(*args)
+        torch.testing.assert_close(out, dha_decode(*args, mask=mask, backend="torch"), rtol=2e-2, atol=2e-2)
 
 
 def test_operator_passes_torchs_own_checks():
