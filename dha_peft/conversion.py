@@ -10,13 +10,13 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from .adapter import DHAConfig
-from .adapter.model import collapse_model
-from .attention import KINDS
+from .adapter.model import check_plan, collapse_model
+from .attention import KINDS, find_attention
 from .fusion.collapse import SharedHeads
 from .fusion.heads import HeadMaps
 from .fusion.operator import fuse, same_group
 from .plan import DHAPlan
-from .search import Analysis, analyse
+from .search import Analysis, analyse, check_budget
 
 Batches = Iterable[dict[str, Any]]
 
@@ -38,6 +38,7 @@ def get_dha_model(
     config = copy.deepcopy(config)
     if config.grouping == "learned" or config.plan is not None:
         return get_peft_model(model, config, adapter_name=adapter_name)
+    check_budget(find_attention(model), config.search_options())
     analysis = analyse(model, calibration_data, config.grouping)
     plan = analysis.plan(config.search_options())
     config.plan = plan.to_dict()
@@ -59,9 +60,21 @@ def convert(
     """
     if config.grouping == "learned":
         raise ValueError('`grouping="learned"` needs training; use `get_dha_model`, or another grouping.')
+    plan = _given_plan(model, config)
     analysis = analysis or analyse(model, calibration_data, config.grouping)
-    plan = DHAPlan.from_dict(config.plan) if config.plan else analysis.plan(config.search_options())
+    plan = plan or analysis.plan(config.search_options())
     return collapse_model(model, analysis.sites, plan, closed_form(analysis, plan, config.fusion), share=False)
+
+
+def _given_plan(model: nn.Module, config: DHAConfig) -> DHAPlan | None:
+    """The plan in the config, if any; plan or budget are checked against the model before the calibration starts."""
+    sites = find_attention(model)
+    if config.plan is None:
+        check_budget(sites, config.search_options())
+        return None
+    plan = DHAPlan.from_dict(config.plan)
+    check_plan(plan, sites)
+    return plan
 
 
 def closed_form(analysis: Analysis, plan: DHAPlan, fusion: str = "aligned") -> list[tuple[SharedHeads, ...]]:

@@ -72,10 +72,11 @@ class DHALayer(nn.Module, BaseTunerLayer):
             rows = fusion.fuse(self.base_heads()).heads.flatten(0, 1).to(base.weight.dtype)
         return (rows, None) if base.bias is None else (rows[:, :-1], rows[:, -1])
 
-    def fusion_loss(self) -> Tensor:
-        """Fusion loss of the active adapter on this projection."""
+    def fusion_loss(self, adapter_name: str | None = None) -> Tensor:
+        """Fusion loss of one adapter on this projection; of the active one by default."""
+        fusion = self.active_fusion() if adapter_name is None else self.dha_fusion[adapter_name]
         with torch.autocast(self.get_base_layer().weight.device.type, enabled=False):
-            return self.active_fusion().loss(self.base_heads())
+            return fusion.loss(self.base_heads())
 
     def shared_heads(self, adapter_name: str) -> SharedHeads:
         """What the collapse needs of this projection."""

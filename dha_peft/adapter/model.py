@@ -13,7 +13,7 @@ from ..attention import KINDS, AttentionSite, find_attention
 from ..fusion.collapse import SharedHeads, collapse
 from ..models import FAMILIES, build_merged
 from ..plan import DHAPlan, LayerPlan
-from ..search import Analysis, analyse
+from ..search import Analysis, analyse, check_budget
 from .config import DHAConfig
 from .layer import DHALayer
 
@@ -52,6 +52,10 @@ class DHAModel(BaseTuner):
         config: DHAConfig = self.peft_config[adapter_name]
         self._sites = find_attention(model)
         _refuse_nested_adapters(self._sites)
+        if config.plan is None:
+            check_budget(self._sites, config.search_options())
+        else:
+            check_plan(DHAPlan.from_dict(config.plan), self._sites)
         analysis = None
         if config.plan is None and config.grouping != "learned":
             analysis = analyse(model, None, config.grouping)
@@ -94,9 +98,9 @@ class DHAModel(BaseTuner):
             layer.dha_fusion[adapter_name].tie()
 
     @torch.no_grad()
-    def fusion_loss(self) -> float:
-        """Mean fusion loss over layers and kinds of the active adapter; 0 when every group is tied."""
-        return float(torch.stack([layer.fusion_loss() for layer in self._layers()]).mean())
+    def fusion_loss(self, adapter_name: str | None = None) -> float:
+        """Mean fusion loss over layers and kinds of one adapter (default: the active one); 0 when every group is tied."""
+        return float(torch.stack([layer.fusion_loss(adapter_name) for layer in self._layers()]).mean())
 
     def _layers(self) -> list[DHALayer]:
         return [module for module in self.model.modules() if isinstance(module, DHALayer)]
@@ -143,8 +147,9 @@ class DHAModel(BaseTuner):
         name = self._adapter_to_merge(adapter_names)
         if name is None:
             return super()._unload_and_optionally_merge(True, progressbar, safe_merge, adapter_names)
-        _warn_untied(self.fusion_loss())
         plan, sites = self.plan(name), self._sites
+        _refuse_nested_adapters(sites)
+        _warn_untied(self.fusion_loss(name))
         shared = [tuple(_layer(site, kind).shared_heads(name) for kind in KINDS) for site in sites]
         if safe_merge and not all(torch.isfinite(heads.shared).all() for pair in shared for heads in pair):
             raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")

@@ -105,13 +105,10 @@ def layer_problem(site: AttentionSite, statistics: Statistics, kind: str) -> tup
 
 def plan_counts(curves: list[dict[str, GroupCurve]], options: SearchOptions) -> list[dict[str, int]]:
     """Kept heads per layer and kind under the options' budget."""
-    kinds = [(kind,) for kind in KINDS] if options.key_budget or options.value_budget else [KINDS]
     counts: list[dict[str, int]] = [{} for _ in curves]
-    for pool in kinds:
-        field, budget = _budget(options, pool)
+    for pool, total in _totals([curve[KINDS[0]].num_heads for curve in curves], options):
         places = [(index, kind) for index in range(len(curves)) for kind in pool]
         capacities = [curves[index][kind].num_heads for index, kind in places]
-        total = total_heads(budget, sum(capacities), len(places), field)
         if options.allocation == "uniform":
             chosen = uniform_counts(capacities, total)
         else:
@@ -120,6 +117,21 @@ def plan_counts(curves: list[dict[str, GroupCurve]], options: SearchOptions) -> 
         for (index, kind), count in zip(places, chosen, strict=True):
             counts[index][kind] = count
     return counts
+
+
+def check_budget(sites: list[AttentionSite], options: SearchOptions) -> None:
+    """Raise ValueError for a budget below one head per layer and kind; cheap, so it can come before the calibration."""
+    _totals([site.num_heads for site in sites], options)
+
+
+def _totals(capacities: list[int], options: SearchOptions) -> list[tuple[tuple[str, ...], int]]:
+    """Kinds that share a budget, and the heads they keep; `capacities`: KV heads of every layer."""
+    pools = [(kind,) for kind in KINDS] if options.key_budget or options.value_budget else [KINDS]
+    totals = []
+    for pool in pools:
+        field, budget = _budget(options, pool)
+        totals.append((pool, total_heads(budget, sum(capacities) * len(pool), len(capacities) * len(pool), field)))
+    return totals
 
 
 def damped_costs(curve: GroupCurve, damping: float) -> list[float]:

@@ -206,7 +206,7 @@ def _checked(data: Iterable[Batch]) -> Iterator[Batch]:
 def _check_finite(sites: list[AttentionSite]) -> None:
     for site in sites:
         for kind in ("query", "key", "value", "output"):
-            if not torch.isfinite(site.projection(kind).weight).all():
+            if not all(torch.isfinite(tensor).all() for tensor in site.projection(kind).parameters()):
                 raise ValueError(
                     f"`{site.name}.{site.projection_name(kind)}` holds NaN or infinite weights, so heads cannot be compared; "
                     "load an intact checkpoint."
