@@ -25,6 +25,10 @@ class LayerPlan:
         for kind in ("key_groups", "value_groups"):
             groups = _canonical(getattr(self, kind))
             members = sorted(head for group in groups for head in group)
+            if not all(groups):
+                raise ValueError(
+                    f"`{kind}` has a group without heads; leave it out, or give it a head of another group."
+                )
             if not groups or members != list(range(len(members))):
                 raise ValueError(
                     f"`{kind}` must name every head from 0 on exactly once, but it names {members}; "
@@ -98,6 +102,11 @@ class DHAPlan:
         missing = {"head_dim", "key_groups", "value_groups"} - set(data)
         if missing:
             raise ValueError(f"the plan lacks {sorted(missing)}; save plans with `DHAPlan.to_dict()`.")
+        key_layers, value_layers = len(data["key_groups"]), len(data["value_groups"])
+        if key_layers != value_layers:
+            raise ValueError(
+                f"`key_groups` has {key_layers} layers but `value_groups` has {value_layers}; both need one entry per layer."
+            )
         pairs = zip(data["key_groups"], data["value_groups"], strict=True)
         return cls(tuple(LayerPlan(k, v) for k, v in pairs), int(data["head_dim"]))
 
