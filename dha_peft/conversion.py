@@ -11,6 +11,7 @@ from torch import nn
 
 from .adapter import DHAConfig
 from .adapter.model import check_plan, collapse_model
+from .adapter.nesting import refuse_adapted_model, refuse_nested_adapters
 from .attention import KINDS, find_attention
 from .fusion.collapse import SharedHeads
 from .fusion.heads import HeadMaps
@@ -38,7 +39,9 @@ def get_dha_model(
     config = copy.deepcopy(config)
     if config.grouping == "learned" or config.plan is not None:
         return get_peft_model(model, config, adapter_name=adapter_name)
-    check_budget(find_attention(model), config.search_options())
+    sites = find_attention(model)
+    refuse_nested_adapters(sites)
+    check_budget(sites, config.search_options())
     analysis = analyse(model, calibration_data, config.grouping)
     plan = analysis.plan(config.search_options())
     config.plan = plan.to_dict()
@@ -60,6 +63,7 @@ def convert(
     """
     if config.grouping == "learned":
         raise ValueError('`grouping="learned"` needs training; use `get_dha_model`, or another grouping.')
+    refuse_adapted_model(model)
     plan = _given_plan(model, config)
     analysis = analysis or analyse(model, calibration_data, config.grouping)
     plan = plan or analysis.plan(config.search_options())

@@ -9,6 +9,7 @@ from ..models import MERGED_TO_BASE
 from .config import DHAConfig, DHAPeftType
 from .layer import DHALayer
 from .model import DHAModel
+from .nesting import guard_layers
 
 
 def register() -> None:
@@ -16,6 +17,7 @@ def register() -> None:
     PEFT_TYPE_TO_CONFIG_MAPPING[DHAPeftType.DHA] = DHAConfig
     PEFT_TYPE_TO_TUNER_MAPPING[DHAPeftType.DHA] = DHAModel
     PEFT_TYPE_TO_PREFIX_MAPPING[DHAPeftType.DHA] = DHAModel.prefix
+    guard_layers()
     for merged, base in MERGED_TO_BASE.items():
         targets = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(base)
         if targets is not None:

@@ -55,6 +55,12 @@ class HeadFusion(nn.Module):
             self.out_pair.copy_(frames.out.pair)
             self.out_full.copy_(frames.out.full)
 
+    def freeze_unused(self) -> None:
+        """Freeze frames that are not trained, and empty parts of them: distributed training waits for every gradient."""
+        for name, parameter in self.named_parameters():
+            if name != "omega" and (not self.train_frames or parameter.numel() == 0):
+                parameter.requires_grad_(False)
+
     @torch.no_grad()
     def randomize(self) -> None:
         """A random state whose groups are tied."""
@@ -78,10 +84,17 @@ class HeadFusion(nn.Module):
         return fusion_loss(heads, self.fuse(heads))
 
     def maps(self) -> tuple[HeadMaps | None, HeadMaps | None]:
-        """Maps into and out of the frames; None with linear fusion."""
+        """Maps into and out of the frames; None with linear fusion. A head alone in its group needs no frame: its maps are the
+        identity, so that the collapse keeps it whatever the training did to its maps, which its forward never sees."""
         if not self.aligned:
             return None, None
-        return HeadMaps(self.into_pair, self.into_full), HeadMaps(self.out_pair, self.out_full)
+        alone = (self._together().sum(1) == 1)[:, None, None]
+        identity = HeadMaps.identity(len(self.omega), self.layout, device=self.omega.device)
+        pairs, fulls = (self.into_pair, self.out_pair), (self.into_full, self.out_full)
+        return tuple(
+            HeadMaps(torch.where(alone, identity.pair, pair), torch.where(alone, identity.full, full))
+            for pair, full in zip(pairs, fulls, strict=True)
+        )
 
     def _together(self) -> Tensor:
         return self.owner[:, None] == self.owner[None, :]

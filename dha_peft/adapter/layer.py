@@ -17,16 +17,16 @@ from .fusion_state import HeadFusion
 class DHALayer(nn.Module, BaseTunerLayer):
     """Wraps the key or the value projection of an attention block.
 
-    The base weight stays frozen; the forward uses the fused weight `[H d, D]`, which keeps the base's shape until the collapse.
+    `key` is its path in the model, for messages. The base weight stays frozen; the forward uses the fused weight `[H d, D]`, which keeps the base's shape until the collapse.
     """
 
     adapter_layer_names: tuple[str, ...] = ("dha_fusion",)
     other_param_names: tuple[str, ...] = ()
 
-    def __init__(self, base_layer: nn.Module, kind: str, num_heads: int, layout: FrameLayout) -> None:
+    def __init__(self, base_layer: nn.Module, kind: str, num_heads: int, layout: FrameLayout, key: str = "") -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.kind, self.num_heads, self.layout = kind, num_heads, layout
+        self.kind, self.num_heads, self.layout, self.key = kind, num_heads, layout, key
         self.dha_fusion = nn.ModuleDict()
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
@@ -48,9 +48,7 @@ class DHALayer(nn.Module, BaseTunerLayer):
             raise ValueError(f"only one DHA adapter can be active, but {known} were asked for; set one of them.")
         super().set_adapter(names, inference_mode)
         for fusion in self.dha_fusion.values():
-            if fusion.aligned and not fusion.train_frames:
-                for name in ("into_pair", "into_full", "out_pair", "out_full"):
-                    getattr(fusion, name).requires_grad_(False)
+            fusion.freeze_unused()
 
     def active_fusion(self) -> HeadFusion | None:
         """The active adapter's state, if there is one."""

@@ -6,7 +6,7 @@ import warnings
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from ..attention import KINDS, AttentionSite, find_attention
@@ -16,6 +16,7 @@ from ..plan import DHAPlan, LayerPlan
 from ..search import Analysis, analyse, check_budget
 from .config import DHAConfig
 from .layer import DHALayer
+from .nesting import refuse_nested_adapters
 
 TARGET_MODULES = {name: [family.k, family.v] for name, family in FAMILIES.items()}
 TIED = 1e-3
@@ -51,7 +52,7 @@ class DHAModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config: DHAConfig = self.peft_config[adapter_name]
         self._sites = find_attention(model)
-        _refuse_nested_adapters(self._sites)
+        refuse_nested_adapters(self._sites)
         if config.plan is None:
             check_budget(self._sites, config.search_options())
         else:
@@ -61,6 +62,7 @@ class DHAModel(BaseTuner):
             analysis = analyse(model, None, config.grouping)
             config.plan = analysis.plan(config.search_options()).to_dict()
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        _check_targets(self._sites)
         if config.plan is not None:
             self.set_plan(DHAPlan.from_dict(config.plan), adapter_name, analysis)
         if not config.init_weights:
@@ -128,7 +130,7 @@ class DHAModel(BaseTuner):
         for site in self._sites:
             for kind in KINDS:
                 if site.module is parent and site.projection(kind) is target:
-                    return DHALayer(target, kind, site.num_heads, site.layout(kind))
+                    return DHALayer(target, kind, site.num_heads, site.layout(kind), key)
         raise ValueError(
             f"`target_modules` names `{key}`, which is not a key or value projection of a supported attention block; "
             "leave `target_modules` empty to find them from the model's family."
@@ -148,7 +150,7 @@ class DHAModel(BaseTuner):
         if name is None:
             return super()._unload_and_optionally_merge(True, progressbar, safe_merge, adapter_names)
         plan, sites = self.plan(name), self._sites
-        _refuse_nested_adapters(sites)
+        refuse_nested_adapters(sites)
         _warn_untied(self.fusion_loss(name))
         shared = [tuple(_layer(site, kind).shared_heads(name) for kind in KINDS) for site in sites]
         if safe_merge and not all(torch.isfinite(heads.shared).all() for pair in shared for heads in pair):
@@ -191,19 +193,18 @@ def check_plan(plan: DHAPlan, sites: list[AttentionSite]) -> None:
         )
 
 
-def _layer(site: AttentionSite, kind: str) -> DHALayer:
-    return getattr(site.module, site.projection_name(kind))
-
-
-def _refuse_nested_adapters(sites: list[AttentionSite]) -> None:
+def _check_targets(sites: list[AttentionSite]) -> None:
     for site in sites:
         for kind in KINDS:
-            module = getattr(site.module, site.projection_name(kind))
-            if isinstance(module, BaseTunerLayer) and not isinstance(module, DHALayer):
+            if not isinstance(_layer(site, kind), DHALayer):
                 raise ValueError(
-                    f"`{site.name}.{site.projection_name(kind)}` already carries a {type(module).__name__} adapter, which the collapse "
-                    "could not merge; put LoRA on the query, output and MLP projections instead."
+                    f"`target_modules` leaves out `{site.name}.{site.projection_name(kind)}`, but the keys and values of every "
+                    "layer are part of the budget; leave `target_modules` empty to find them from the model's family."
                 )
+
+
+def _layer(site: AttentionSite, kind: str) -> DHALayer:
+    return getattr(site.module, site.projection_name(kind))
 
 
 def _warn_untied(loss: float) -> None:

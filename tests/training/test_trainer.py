@@ -1,0 +1,198 @@
+"""The schedule in transformers' Trainer: it ties groups, survives a kill, and counts once per optimizer step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from adapter.tiny import VOCAB, logits, make_base, make_batches, make_ids, state
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from dha_peft import DHACallback, DHAConfig, FusionSchedule, ScheduleOptions, get_dha_model
+
+
+def make_data(rows=64, length=12):
+    ids = torch.randint(2, VOCAB, (rows, length), generator=torch.Generator().manual_seed(11))
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+def make_model(**fields):
+    set_seed(0)
+    config = DHAConfig(**{"head_budget": 0.5, "task_type": "CAUSAL_LM", **fields})
+    return get_dha_model(make_base(), config, make_batches())
+
+
+class StopAt(TrainerCallback):
+    """Kills the run after a step, like a lost machine: after its checkpoint, before its end."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def make_trainer(folder, model, steps, callbacks=(), data=None, schedule=None, **options):
+    args = TrainingArguments(
+        str(folder),
+        max_steps=steps,
+        **{
+            "per_device_train_batch_size": 2,
+            "learning_rate": 1e-2,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            **options,
+        },
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+    )
+    schedule = schedule or DHACallback()
+    return Trainer(model, args, train_dataset=data or make_data(), callbacks=[schedule, *callbacks])
+
+
+def schedule_logs(trainer):
+    return [log for log in trainer.state.log_history if "dha/fusion_loss" in log and "loss" not in log]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"fusion": "linear"},
+        {"fusion": "linear", "grouping": "learned"},
+        {"grouping": "learned"},
+        {"task_type": None},
+    ],
+    ids=str,
+)
+def test_trainer_ties_the_groups(tmp_path, fields):
+    model = make_model(**fields)
+    base = {n: t for n, t in state(model).items() if "dha_" not in n}
+    trainer = make_trainer(tmp_path, model, 120, learning_rate=5e-2)
+    trainer.train()
+    logs = schedule_logs(trainer)
+    assert [log["step"] for log in logs] == list(range(1, 121))
+    names = {"phase", "step", "fusion_loss", "target", "lambda1", "lambda2", "realised_heads"}
+    assert {f"dha/{name}" for name in names} | {"step"} == logs[0].keys()
+    fusion = [log for log in logs if log["dha/phase"] == "fusion"]
+    assert len(fusion) == (96 if fields.get("grouping") == "learned" else 120)
+    assert fusion[0]["dha/fusion_loss"] > 0.1 and fusion[-1]["dha/fusion_loss"] < 1e-2
+    assert model.base_model.fusion_loss() < 1e-2
+    targets = [log["dha/target"] for log in fusion]
+    assert targets == sorted(targets, reverse=True) and targets[-1] == 0
+    assert model.base_model.plan().heads_after == 24
+    assert fusion[-1]["dha/realised_heads"] < fusion[0]["dha/realised_heads"]
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in base.items())
+    assert all("dha/lambda1" in log for log in trainer.state.log_history if "loss" in log)
+
+
+@pytest.mark.parametrize(
+    ("fields", "stop"),
+    [
+        ({}, 8),
+        ({"fusion": "linear", "grouping": "learned"}, 2),
+        ({"fusion": "linear", "grouping": "learned"}, 4),
+        ({"fusion": "linear", "grouping": "learned"}, 8),
+        ({"grouping": "learned"}, 10),
+        ({"task_type": None}, 6),
+    ],
+    ids=str,
+)
+def test_a_killed_and_resumed_run_equals_the_whole_run(tmp_path, fields, stop):
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    whole = make_trainer(tmp_path / "whole", make_model(**fields), 20, **saving)
+    whole.train()
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(tmp_path / "cut", make_model(**fields), 20, [StopAt(stop + 1)], **saving).train()
+    resumed = make_trainer(tmp_path / "cut", make_model(**fields), 20, **saving)
+    resumed.train(resume_from_checkpoint=True)
+    left, right = (t.model.state_dict() for t in (whole, resumed))
+    assert left.keys() == right.keys()
+    assert [name for name in left if not torch.equal(left[name], right[name])] == []
+    assert schedule_logs(resumed) == schedule_logs(whole)
+    assert whole.model.base_model.plan() == resumed.model.base_model.plan()
+
+
+def test_the_penalty_counts_once_per_optimizer_step(tmp_path):
+    """With constant data the gradient of the language loss is the same for 1 and 2 accumulated batches."""
+    row, results = make_data(1)[0], []
+    for accumulate in (1, 2):
+        model = make_model()
+        trainer = make_trainer(tmp_path, model, 6, data=[row] * 64, gradient_accumulation_steps=accumulate)
+        trainer.train()
+        results.append((schedule_logs(trainer), [p.detach() for p in model.parameters() if p.requires_grad]))
+    (one, ours), (two, theirs) = results
+    assert len(one) == len(two) == 6
+    for left, right in zip(one, two, strict=True):
+        assert left["dha/step"] == right["dha/step"] and left["dha/target"] == pytest.approx(right["dha/target"])
+        for name in ("dha/fusion_loss", "dha/lambda1", "dha/lambda2"):
+            assert left[name] == pytest.approx(right[name], rel=1e-3)
+    for left, right in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(left, right, atol=1e-3, rtol=1e-2)
+
+
+def test_the_plan_that_was_learned_is_saved(tmp_path):
+    from peft import PeftConfig, PeftModel
+
+    model = make_model(grouping="learned", fusion="linear")
+    trainer = make_trainer(tmp_path, model, 15)
+    trainer.train()
+    trainer.save_model(tmp_path / "done")
+    assert PeftConfig.from_pretrained(tmp_path / "done").plan == model.base_model.plan().to_dict()
+    loaded = PeftModel.from_pretrained(make_base(), tmp_path / "done")
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_a_loop_written_by_hand():
+    model = make_model(fusion="linear")
+    schedule = FusionSchedule(model, ScheduleOptions(ramp_steps=60))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-2, weight_decay=0)
+    ids, first = make_ids(), None
+    for _ in range(90):
+        model(input_ids=ids, labels=ids).loss.backward()
+        state = schedule.step()
+        first = first or state
+        optimizer.step()
+        optimizer.zero_grad()
+    assert first.step == 1 and first.target == first.fusion_loss and state.step == 90 == schedule.position["step"]
+    assert state.target == 0 and model.base_model.fusion_loss() < 1e-2
+    assert state.lambda1 > 0 and state.lambda2 > 0
+
+
+def test_the_gradient_is_that_of_the_lagrangian():
+    model = make_model()
+    schedule = FusionSchedule(model, ScheduleOptions(ramp_steps=10))
+    for _ in range(3):
+        schedule.step()
+    model.zero_grad()
+    memory = schedule.position
+    loss = schedule.fusion_loss()
+    target = memory["start"] * (1 - 3 / 10)
+    assert memory["lambda1"] == pytest.approx(sum(float(loss) * k / 10 for k in range(3)), rel=1e-5)
+    assert memory["lambda2"] == pytest.approx(100 * sum((float(loss) * k / 10) ** 2 for k in range(3)), rel=1e-5)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    assert all(p.numel() for p in parameters)
+    penalty = memory["lambda1"] * (loss - target) + memory["lambda2"] * (loss - target) ** 2
+    expected = torch.autograd.grad(penalty, parameters)
+    schedule.step(gradient_scale=8.0)
+    for parameter, gradient in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(parameter.grad, 8 * gradient, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("grouping", ["aligned", "learned"])
+def test_the_language_loss_reaches_every_trainable_parameter(grouping):
+    """Distributed training waits for the gradient of each."""
+    for model_type in ("llama", "qwen2"):
+        model = get_dha_model(make_base(model_type), DHAConfig(grouping=grouping), make_batches())
+        model(input_ids=make_ids(), labels=make_ids()).loss.backward()
+        assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+def test_a_model_without_the_adapter_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no active DHA adapter"):
+        FusionSchedule(make_base(), ScheduleOptions(1))
+    with pytest.raises(ValueError, match="no active DHA adapter"):
+        make_trainer(tmp_path, make_base(), 2).train()
+    with pytest.raises(ValueError, match="`ramp` is 0"):
+        DHACallback(ramp=0)
