@@ -7,7 +7,7 @@ from .adapter import DHAConfig, DHAModel
 from .conversion import convert, get_dha_model
 from .plan import DHAPlan, LayerPlan
 from .search import Analysis, analyse
-from .training import DHACallback, FusionSchedule, ScheduleOptions
+from .training import DHACallback, DHATrainer, FusionSchedule, ScheduleOptions
 
 adapter.register()
 models.register()
@@ -20,6 +20,7 @@ __all__ = [
     "DHAConfig",
     "DHAModel",
     "DHAPlan",
+    "DHATrainer",
     "FusionSchedule",
     "LayerPlan",
     "ScheduleOptions",

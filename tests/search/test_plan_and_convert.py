@@ -53,7 +53,9 @@ def test_more_heads_lose_less(analysis):
 @pytest.mark.parametrize("grouping", ["aligned", "cka", "contiguous"])
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2"])
 def test_search_finds_heads_that_are_copies(model_type, grouping):
-    pairs = tuple((2 * i, 2 * i + 1) for i in range(4)) if grouping == "contiguous" else ((0, 5), (1, 4), (2, 7), (3, 6))
+    pairs = (
+        tuple((2 * i, 2 * i + 1) for i in range(4)) if grouping == "contiguous" else ((0, 5), (1, 4), (2, 7), (3, 6))
+    )
     base = make_base(model_type)
     with torch.no_grad():
         for layer in base.model.layers:
@@ -111,7 +113,9 @@ def test_padding_does_not_count():
 
 def test_linear_fusion_is_mean_pooling():
     base = make_base(num_key_value_heads=4)
-    small = convert(base, DHAConfig(head_budget=0.5, fusion="linear", grouping="contiguous", allocation="uniform"), make_batches())
+    small = convert(
+        base, DHAConfig(head_budget=0.5, fusion="linear", grouping="contiguous", allocation="uniform"), make_batches()
+    )
     for layer, merged in zip(base.model.layers, small.model.layers, strict=True):
         for name in ("k_proj", "v_proj"):
             mean = getattr(layer.self_attn, name).weight.view(2, 2, HEAD_DIM, -1).mean(1).flatten(0, 1)
