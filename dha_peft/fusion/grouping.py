@@ -76,31 +76,32 @@ def _agglomerate(count: int, added_error, merge) -> GroupCurve:
 
 class _AlignedSearch:
     """Error added by a merge. Rotary pairs are evaluated exactly. For the free rows a group is kept as its best `R` directions,
-    so that a merge costs one `2R x 2R` eigenvalue problem whatever the group's size."""
+    so that a merge costs one `2R x 2R` eigenvalue problem whatever the group's size. `blocks` `[H, H, R, R]` holds the Gram
+    matrices between the groups in these directions, group `g` under the number of the head that it grew from."""
 
     def __init__(self, gram: Tensor, metric: Tensor, layout: FrameLayout) -> None:
         count, self.rest = gram.shape[0], len(layout.rest)
         root = pair_weights(metric, layout).clamp_min(0).sqrt()
         self.pair = root[:, :, None] * pair_gram(gram, layout) * root[:, None, :]
-        self.full = weighted_gram(gram, metric, FrameLayout(layout.pairs[:0], layout.rest), list(range(count))).full
+        full = weighted_gram(gram, metric, FrameLayout(layout.pairs[:0], layout.rest), list(range(count))).full
+        self.blocks = full.reshape(count, self.rest, count, self.rest).transpose(1, 2).contiguous()
         self.members = {head: [head] for head in range(count)}
         self.pair_error = dict.fromkeys(range(count), 0.0)
-        size = count * self.rest
-        eye = torch.eye(size, dtype=self.full.dtype, device=self.full.device)
-        self.basis = {head: eye[head * self.rest : (head + 1) * self.rest] for head in range(count)}
 
     def added_error(self, a: int, b: int) -> float:
         joint = self._pair_error(self.members[a] + self.members[b])
         error = joint - self.pair_error[a] - self.pair_error[b]
         if self.rest:
-            error += float(torch.linalg.eigvalsh(self._joint_gram(a, b)[1])[: self.rest].clamp_min(0).sum())
+            error += float(torch.linalg.eigvalsh(self._joint_gram(a, b))[: self.rest].clamp_min(0).sum())
         return error
 
     def merge(self, a: int, b: int) -> None:
         if self.rest:
-            joint, gram = self._joint_gram(a, b)
-            self.basis[a] = torch.linalg.eigh(gram).eigenvectors[:, -self.rest :].T @ joint
-            del self.basis[b]
+            values, vectors = torch.linalg.eigh(self._joint_gram(a, b))
+            first, second = vectors[:, -self.rest :].split(self.rest)
+            rows = first.T @ self.blocks[a] + second.T @ self.blocks[b]
+            self.blocks[a], self.blocks[:, a] = rows, rows.transpose(1, 2)
+            self.blocks[a, a] = values[-self.rest :].diag()
         self.members[a] = self.members[a] + self.members.pop(b)
         self.pair_error[a] = self._pair_error(self.members[a])
 
@@ -110,6 +111,5 @@ class _AlignedSearch:
         block = self.pair[:, members][:, :, members]
         return float(torch.linalg.eigvalsh(block)[:, :-1].clamp_min(0).sum())
 
-    def _joint_gram(self, a: int, b: int) -> tuple[Tensor, Tensor]:
-        joint = torch.cat([self.basis[a], self.basis[b]])
-        return joint, joint @ self.full @ joint.T
+    def _joint_gram(self, a: int, b: int) -> Tensor:
+        return self.blocks[[a, b]][:, [a, b]].transpose(1, 2).reshape(2 * self.rest, 2 * self.rest)

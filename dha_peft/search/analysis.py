@@ -87,7 +87,11 @@ def analyse(
         ValueError: unsupported model, or calibration data that cannot be used (see `collect_statistics`).
     """
     sites = find_attention(model)
-    statistics = collect_statistics(model, sites, calibration_data)
+    return search_groups(sites, collect_statistics(model, sites, calibration_data), grouping)
+
+
+def search_groups(sites: list[AttentionSite], statistics: Statistics, grouping: str = "aligned") -> Analysis:
+    """The groups of every layer, for every count, from statistics that were collected before."""
     curves = []
     for site in tqdm(sites, desc="searching groups", unit="layer", disable=None):
         curves.append({kind: _curve(grouping, *layer_problem(site, statistics, kind)) for kind in KINDS})

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,17 +112,30 @@ def _run(model, sites, data, moments, fisher, gradient_tokens: int) -> int:
             inputs = {key: batch[key] for key in ("input_ids", "attention_mask") if key in batch}
             with _recording(sites, moments, inputs.get("attention_mask")):
                 backwards = fisher[0].count < gradient_tokens
-                counted = _backward(model, sites, inputs, fisher) if backwards else _forward(model, inputs)
+                counted = _backward(model, sites, inputs, fisher) if backwards else _forward(model, sites, inputs)
             tokens += counted
     finally:
         model.train(training)
     return tokens
 
 
-def _forward(model: nn.Module, inputs: Batch) -> int:
+class _LastMomentSeen(Exception):
+    """Ends a forward pass that is run for the moments only."""
+
+
+def _forward(model: nn.Module, sites: list[AttentionSite], inputs: Batch) -> int:
+    """Forward as far as the input of the last attention block: what comes after it has no moment to give."""
+
+    def stop(_module, _inputs):
+        raise _LastMomentSeen
+
     trunk = getattr(model, "base_model", model)
-    with torch.no_grad(), _autocast(model):
-        trunk(**inputs, use_cache=False)
+    handle = sites[-1].projection("key").register_forward_pre_hook(stop)
+    try:
+        with torch.no_grad(), _autocast(model), suppress(_LastMomentSeen):
+            trunk(**inputs, use_cache=False)
+    finally:
+        handle.remove()
     return _count(inputs)
 
 
@@ -138,7 +151,7 @@ def _backward(model: nn.Module, sites, inputs: Batch, fisher: list[_FisherAccumu
             logits = getattr(model(**inputs, use_cache=False), "logits", None)
         if logits is None or logits.dim() != 3:
             return _count(inputs)
-        _sampled_loss(logits, inputs.get("attention_mask")).backward()
+        logits.backward(_sampled_gradient(logits, inputs.get("attention_mask")))
         for f in fisher:
             f.count += _count(inputs)
     finally:
@@ -149,12 +162,18 @@ def _backward(model: nn.Module, sites, inputs: Batch, fisher: list[_FisherAccumu
     return _count(inputs)
 
 
-def _sampled_loss(logits: Tensor, mask: Tensor | None) -> Tensor:
-    rows = logits.flatten(0, 1).float()
-    generator = torch.Generator(device=rows.device).manual_seed(0)
-    labels = torch.multinomial(rows.detach().softmax(-1), 1, generator=generator)[:, 0]
-    loss = torch.nn.functional.cross_entropy(rows, labels, reduction="none")
-    return loss.sum() if mask is None else (loss * mask.flatten()).sum()
+@torch.no_grad()
+def _sampled_gradient(logits: Tensor, mask: Tensor | None) -> Tensor:
+    """Gradient of the summed cross-entropy to labels drawn from the model's own distribution: `softmax - one_hot`, in place of a
+    second pass over the vocabulary. `[B, T, V]` in, the same out; padding has none."""
+    probs = logits.flatten(0, 1).float().softmax(-1)
+    generator = torch.Generator(device=probs.device).manual_seed(0)
+    draw = torch.rand(len(probs), 1, generator=generator, device=probs.device)
+    labels = torch.searchsorted(probs.cumsum(-1), draw).clamp_max(probs.shape[1] - 1)
+    probs.scatter_add_(1, labels, torch.full_like(draw, -1.0))
+    if mask is not None:
+        probs *= mask.flatten()[:, None]
+    return probs.view_as(logits).to(logits.dtype)
 
 
 def _gradient_hooks(site: AttentionSite, fisher: _FisherAccumulator):
