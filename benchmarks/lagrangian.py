@@ -20,7 +20,15 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 
 from dha_peft import DHACallback, DHAConfig, DHATrainer, get_dha_model
 from dha_peft.texts import evaluate_loss, text_tokens, token_batches
@@ -59,7 +67,7 @@ class Progress(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **_) -> None:
         if logs and "loss" in logs:
             figures = {name.removeprefix("dha/"): value for name, value in logs.items()}
-            print("  step {step} {phase}: loss {loss} F {fusion_loss:.2e} target {target:.2e} lambda1 {lambda1:.3g} "
+            print("  step {step} {phase}: loss {loss:.4f} F {fusion_loss:.2e} target {target:.2e} lambda1 {lambda1:.3g} "
                   "lambda2 {lambda2:.3g} heads {realised_heads}".format(**{**figures, "step": state.global_step}), flush=True)  # fmt: skip
 
 
@@ -131,6 +139,7 @@ def train(adapted: PeftModel, batches: list, args: argparse.Namespace, lr: float
         trainer_class = DHATrainer if args.objective == "kl" else Trainer
         schedule = DHACallback(ramp=args.ramp, lambda1_rate=args.lambda1_rate, lambda2_rate=args.lambda2_rate)
         trainer = trainer_class(adapted, arguments, train_dataset=rows, callbacks=[schedule, Progress()])
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
     adapted.eval()
 

@@ -1,11 +1,12 @@
 """Converts a small model from start to end: calibration, search, closed form, fusion training, collapse.
 
-    python examples/demo.py                                  # the embedded model, offline, a few minutes on two cores
-    python examples/demo.py --model PATH_OR_ID --text FILE --validation FILE --out FOLDER
+python examples/demo.py                                  # the embedded model, offline, a few minutes on two cores
+python examples/demo.py --model PATH_OR_ID --text FILE --validation FILE --out FOLDER
 """
 
 import argparse
 import copy
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -19,10 +20,13 @@ from dha_peft.texts import evaluate_loss, text_tokens, token_batches
 
 HERE = Path(__file__).parent / "demo_model"
 PROMPT = "The old man looked at the sea, and"
+MARK = ".dha_demo"  # says that the folder is the demo's own
+OUTPUTS = ("model", "trainer", "heads_per_layer.png")
 
 
 def main() -> None:
     options = parse()
+    check_output(options.out)
     set_seed(0)
     logging.set_verbosity_error()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
@@ -44,12 +48,26 @@ def main() -> None:
     losses["after the collapse"] = evaluate_loss(merged, validation)
 
     report(losses, base, merged, tokenizer)
-    options.out.mkdir(parents=True, exist_ok=True)
     merged.save_pretrained(options.out / "model")
     tokenizer.save_pretrained(options.out / "model")
     draw(plan, options.out / "heads_per_layer.png")
     print(f"\nWrote {options.out / 'model'} and {options.out / 'heads_per_layer.png'}. Your own model:")
     print("  python examples/demo.py --model PATH_OR_ID --text your.txt --validation other.txt --out FOLDER")
+
+
+def check_output(folder: Path) -> None:
+    """Stop before any work if `folder` holds something that an earlier demo did not write; a demo's own output is replaced."""
+    if folder.exists() and not folder.is_dir():
+        sys.exit(f"`--out` is `{folder}`, which is a file; name a new or empty folder.")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / MARK).is_file():
+        sys.exit(
+            f"`--out` is `{folder}`, which is not empty and not an earlier demo's output; name a new or empty folder."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in OUTPUTS:
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    (folder / MARK).touch()
 
 
 def fuse(base, config: DHAConfig, batches: list, options: argparse.Namespace):
