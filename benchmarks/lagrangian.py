@@ -97,7 +97,7 @@ def run(method: str, base: nn.Module, base_loss: float, batches: list, validatio
     calibration = batches[: max(CALIBRATION_TOKENS // batches[0]["input_ids"].numel(), 1)]
     adapted = get_dha_model(copy.deepcopy(base), config, calibration)
     closed = None if method == "linear" else evaluate_loss(closed_form(adapted), validation, args.length)
-    train(adapted, batches, args, args.lr or {"linear": 1e-2, "aligned": 5e-3}[method])
+    train(adapted, batches, args)
     fusion_loss = adapted.base_model.fusion_loss()
     before = evaluate_loss(adapted, validation, args.length)
     merged = adapted.merge_and_unload()
@@ -114,7 +114,7 @@ def closed_form(adapted: PeftModel) -> nn.Module:
     return copied.merge_and_unload()
 
 
-def train(adapted: PeftModel, batches: list, args: argparse.Namespace, lr: float) -> None:
+def train(adapted: PeftModel, batches: list, args: argparse.Namespace) -> None:
     rows = [{"input_ids": row, "labels": row} for batch in batches for row in batch["input_ids"]]
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
@@ -122,7 +122,7 @@ def train(adapted: PeftModel, batches: list, args: argparse.Namespace, lr: float
             max_steps=args.steps,
             per_device_train_batch_size=args.micro_batch,
             gradient_accumulation_steps=max(args.step_tokens // (args.micro_batch * args.length), 1),
-            learning_rate=lr,
+            learning_rate=args.lr,
             lr_scheduler_type="cosine_with_min_lr",
             lr_scheduler_kwargs={"min_lr_rate": 0.02},
             warmup_steps=min(10, args.steps // 10),
@@ -138,10 +138,26 @@ def train(adapted: PeftModel, batches: list, args: argparse.Namespace, lr: float
         )
         trainer_class = DHATrainer if args.objective == "kl" else Trainer
         schedule = DHACallback(ramp=args.ramp, lambda1_rate=args.lambda1_rate, lambda2_rate=args.lambda2_rate)
-        trainer = trainer_class(adapted, arguments, train_dataset=rows, callbacks=[schedule, Progress()])
+        trainer = trainer_class(
+            adapted,
+            arguments,
+            train_dataset=rows,
+            callbacks=[schedule, Progress()],
+            optimizers=(optimizer(adapted, args.lr, args.omega_lr), None),
+        )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     adapted.eval()
+
+
+def optimizer(adapted: PeftModel, lr: float, omega_lr: float) -> torch.optim.Optimizer:
+    """AdamW with a rate of its own for fusion matrices: they travel from the identity to 1 / n, frames only need small changes."""
+    named = [(name, p) for name, p in adapted.named_parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for name, p in named if name.endswith("omega") == omega], "lr": rate}
+        for omega, rate in ((True, omega_lr), (False, lr))
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
 
 
 def write(path: Path, results: list[Result]) -> None:
@@ -168,10 +184,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=512, help="tokens of a row and of a validation window")
     parser.add_argument("--tokens", type=int, help="training tokens before they repeat; default: no repeat")
     parser.add_argument("--windows", type=int, default=400)
-    parser.add_argument("--lr", type=float, help="default: 1e-2 (linear), 5e-3 (aligned)")
-    parser.add_argument("--ramp", type=float, default=0.7, help="share of the fusion steps until the target is 0")
-    parser.add_argument("--lambda1-rate", type=float, default=1.0)
-    parser.add_argument("--lambda2-rate", type=float, default=100.0)
+    parser.add_argument("--lr", type=float, default=5e-3, help="of the frames")
+    parser.add_argument("--omega-lr", type=float, default=3e-2, help="of the fusion matrices")
+    parser.add_argument("--ramp", type=float, default=0.6, help="share of the fusion steps until the target is 0")
+    parser.add_argument("--lambda1-rate", type=float, default=10.0)
+    parser.add_argument("--lambda2-rate", type=float, default=1000.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--csv", type=Path)
