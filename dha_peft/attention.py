@@ -11,8 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .fusion.heads import AttentionWeights, FrameLayout
+from .fusion.collapse import SharedHeads
+from .fusion.heads import AttentionWeights, FrameLayout, HeadMaps
 from .models import Family, family_of
+from .models.family import head_size, kv_heads, rotary_pairs, rotary_size
+from .models.packing import packed_rows
+from .plan import Groups
 
 KINDS = ("key", "value")
 
@@ -28,58 +32,144 @@ class AttentionSite:
     num_query_heads: int
     num_heads: int
     head_dim: int
-    rotary_dim: int | None
+    rotary_dim: int
 
     def projection(self, kind: str) -> nn.Module:
-        """The plain Linear of "query", "key", "value" or "output", also when an adapter wraps it."""
-        module = getattr(self.module, self.projection_name(kind))
+        """The plain projection of "query", "key", "value" or "output", also when an adapter wraps it. A fused one is the
+        same for queries, keys and values, until an adapter takes it apart."""
+        module = self.outer(kind)
         while hasattr(module, "base_layer"):
             module = module.base_layer
         return module
 
+    def outer(self, kind: str) -> nn.Module:
+        """The projection with whatever adapters are around it."""
+        module = getattr(self.module, getattr(self.family, kind[0]))
+        return getattr(module, f"{kind[0]}_heads", module)
+
     def projection_name(self, kind: str) -> str:
-        return {"query": self.family.q, "key": self.family.k, "value": self.family.v, "output": self.family.o}[kind]
+        """Path of the projection inside the attention module."""
+        name = getattr(self.family, kind[0])
+        return f"{name}.{kind[0]}_heads" if hasattr(getattr(self.module, name), f"{kind[0]}_heads") else name
+
+    def rows(self, kind: str) -> Tensor | None:
+        """Rows of a fused projection that belong to "query", "key" or "value"; None where it is a projection of its own."""
+        packing = self.family.packing
+        if packing == "separate" or kind == "output" or self.projection_name(kind) != getattr(self.family, kind[0]):
+            return None
+        return packed_rows(packing, self.num_query_heads, self.num_heads, self.head_dim)[kind[0]]
+
+    def part(self, kind: str) -> tuple[Tensor, Tensor | None]:
+        """Weight `[outputs, inputs]` and bias of one projection, cut out of a fused one."""
+        module, rows = self.projection(kind), self.rows(kind)
+        weight, bias = module.weight.detach(), getattr(module, "bias", None)
+        weight = weight.T if _transposed(module) else weight
+        bias = None if bias is None else bias.detach()
+        if rows is None:
+            return weight, bias
+        rows = rows.to(weight.device)
+        return weight[rows], None if bias is None else bias[rows]
+
+    @property
+    def input_size(self) -> int:
+        weight = self.projection("key").weight
+        return weight.shape[0] if _transposed(self.projection("key")) else weight.shape[1]
 
     def layout(self, kind: str) -> FrameLayout:
-        """What a change of frame may mix: everything for values, only rotary pairs for keys with rotary positions."""
-        if kind == "value" or self.family.position == "none":
+        """What a change of frame may mix: everything for values; for keys only rotary pairs where there are rotary
+        positions, and only what commutes with a norm of each key head."""
+        if kind == "value":
             return FrameLayout.full(self.head_dim)
-        return FrameLayout.rotary(self.head_dim, self.rotary_dim, self.family.position == "interleaved")
+        pairs = torch.tensor(rotary_pairs(self.family, self.rotary_dim), dtype=torch.long).reshape(-1, 2)
+        layout = FrameLayout(pairs, torch.arange(self.rotary_dim, self.head_dim))
+        if self.family.has_norm(self.module, "head_layer"):
+            return FrameLayout(layout.pairs, layout.rest, torch.zeros(len(pairs), dtype=torch.bool))
+        if self.family.has_norm(self.module, "head_rms"):
+            gains = getattr(self.module, self.family.norm).weight.detach().cpu()
+            return FrameLayout(layout.pairs, layout.rest, gains[pairs[:, 0]] == gains[pairs[:, 1]])
+        return layout
 
     @property
     def has_bias(self) -> bool:
-        return any(self.projection(kind).bias is not None for kind in ("query", "key", "value"))
+        return any(getattr(self.projection(kind), "bias", None) is not None for kind in ("query", "key", "value"))
+
+    def gains(self, kind: str) -> Tensor | None:
+        """Gains `[heads, d]` of a norm over all heads, or None. They belong to the heads: the norm's divisor is the same
+        for all."""
+        if kind == "value" or not self.family.has_norm(self.module, "all_rms"):
+            return None
+        norm = getattr(self.module, self.family.norm.replace("k_", f"{kind[0]}_", 1))
+        gains = norm.weight.detach().float().reshape(-1, self.head_dim)
+        floor = gains.abs().max() * 1e-6
+        return torch.where(gains.abs() < floor, floor, gains)
+
+    def head_gradient(self, kind: str, gradient: Tensor) -> Tensor:
+        """Gradient at the heads of `weights`, `[..., heads * d]`, from the gradient at the projection's output."""
+        rows, gains = self.rows(kind), self.gains(kind)
+        gradient = gradient if rows is None else gradient[..., rows.to(gradient.device)]
+        return gradient if gains is None else gradient / gains.flatten().to(gradient.dtype)
 
     def weights(self, dtype: torch.dtype = torch.float32) -> AttentionWeights:
         """The block's weights `[heads, d, E]`; biases, if any projection has one, are the last column."""
         query, key, value = (self._heads(kind, dtype) for kind in ("query", "key", "value"))
-        output = self.projection("output").weight.detach().to(dtype)
+        output = self.part("output")[0].to(dtype)
         output = output.reshape(output.shape[0], self.num_query_heads, self.head_dim).transpose(0, 1)
         return AttentionWeights(query, key, value, output)
 
     def _heads(self, kind: str, dtype: torch.dtype) -> Tensor:
-        projection = self.projection(kind)
-        weight = projection.weight.detach().to(dtype)
+        weight, bias = self.part(kind)
+        weight = weight.to(dtype)
         if self.has_bias:
-            bias = weight.new_zeros(len(weight)) if projection.bias is None else projection.bias.detach().to(dtype)
+            bias = weight.new_zeros(len(weight)) if bias is None else bias.to(dtype)
             weight = torch.cat([weight, bias[:, None]], dim=1)
-        return weight.reshape(-1, self.head_dim, weight.shape[1])
+        heads, gains = weight.reshape(-1, self.head_dim, weight.shape[1]), self.gains(kind)
+        return heads if gains is None else heads * gains[..., None].to(dtype)
 
-    def flat_weights(self, weights: AttentionWeights) -> dict[str, Tensor]:
-        """Back to `nn.Linear` layout, as `models.build_merged` wants it: q, k, v, o and their biases."""
+    def flat_weights(self, weights: AttentionWeights, keys: SharedHeads) -> dict[str, Tensor]:
+        """Back to `nn.Linear` layout, as `models.build_merged` wants it: q, k, v, o, their biases, and what a key norm needs."""
         flat = {"o": weights.output.transpose(0, 1).flatten(1)}
-        for name, kind, heads in (
-            ("q", "query", weights.query),
-            ("k", "key", weights.key),
-            ("v", "value", weights.value),
-        ):
+        query = weights.query
+        if self.family.has_turn(self.module):
+            query = self._heads("query", query.dtype)  # with the gains; the turn comes after the norm
+            query = query if self.gains("query") is None else query / self.gains("query")[..., None]
+            flat |= key_norm_weights(self, keys)
+        for name, kind, heads in (("q", "query", query), ("k", "key", weights.key), ("v", "value", weights.value)):
             rows = heads.flatten(0, 1)
             flat[name] = rows[:, :-1] if self.has_bias else rows
-            if self.projection(kind).bias is not None:
+            if getattr(self.projection(kind), "bias", None) is not None:
                 flat[f"{name}_bias"] = rows[:, -1]
-        if self.projection("output").bias is not None:
+        if getattr(self.projection("output"), "bias", None) is not None:
             flat["o_bias"] = self.projection("output").bias.detach()
         return flat
+
+
+def key_norm_weights(site: AttentionSite, keys: SharedHeads) -> dict[str, Tensor]:
+    """What the collapse adds where keys are normalised: `turn` `[Hq, P, 2]`, the read-outs as factors on the queries, and
+    for one norm over all heads `root` `[Hk, P, 3]` (see `models.norms`)."""
+    out = keys.out or HeadMaps.identity(site.num_heads, keys.layout, device=keys.shared.device)
+    readers = torch.arange(site.num_query_heads) * site.num_heads // site.num_query_heads
+    flat = {"turn": out.transpose().select(readers.to(out.pair.device)).pair}
+    gains = site.gains("key")
+    if gains is not None:
+        flat["root"] = _norm_roots(out.pair, gains[:, keys.layout.pairs], keys.groups)
+    return flat
+
+
+def _norm_roots(out: Tensor, gains: Tensor, groups: Groups) -> Tensor:
+    """Triangular roots of `sum_i B_i^T gain_i^-2 B_i` per group and pair, over the base's key dimensions."""
+    (real, imag), (first, second) = out.unbind(-1), gains.to(out.device).pow(-2).unbind(-1)
+    power = torch.stack(
+        [first * real**2 + second * imag**2, (second - first) * real * imag, first * imag**2 + second * real**2], -1
+    )
+    power = torch.stack([power[list(group)].sum(0) for group in groups]) / (2 * gains[..., 0].numel())
+    aa, ab, bb = power.unbind(-1)
+    root = aa.clamp_min(torch.finfo(aa.dtype).tiny).sqrt()
+    return torch.stack([root, ab / root, (bb - (ab / root) ** 2).clamp_min(0).sqrt()], -1)
+
+
+def _transposed(module: nn.Module) -> bool:
+    """Whether this is transformers' Conv1D, which keeps `[inputs, outputs]`."""
+    return hasattr(module, "nf")
 
 
 def find_attention(model: nn.Module) -> list[AttentionSite]:
@@ -104,18 +194,21 @@ def _site(index: int, name: str, module: nn.Module, family: Family, config: Any)
     for projection in (family.q, family.k, family.v, family.o):
         if not isinstance(getattr(module, projection, None), nn.Module):
             raise ValueError(
-                f"`{name}` has no `{projection}`, so it has no separate query, key, value and output heads to fuse "
+                f"`{name}` has no `{projection}`, so it has no query, key, value and output heads to fuse "
                 "(multi-head latent attention has none); choose a model with multi-head or grouped-query attention."
             )
-    head_dim = getattr(module, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    site = AttentionSite(index, name, module, family, 0, 0, head_dim, _rotary_dim(family, config, head_dim))
-    site.num_query_heads = site.projection("query").weight.shape[0] // head_dim
-    site.num_heads = site.projection("key").weight.shape[0] // head_dim
+    if getattr(config, "add_cross_attention", False):
+        raise ValueError(
+            f"`{name}` belongs to a decoder with cross-attention, whose cache holds two kinds of heads; "
+            "only decoders without cross-attention can be converted."
+        )
+    dim = head_size(module, config)
+    site = AttentionSite(index, name, module, family, 0, 0, dim, rotary_size(family, module, config))
+    site.num_query_heads = config.num_attention_heads
+    fused = family.packing != "separate" and site.projection_name("key") == family.k
+    site.num_heads = kv_heads(family, module, config) if fused else site.projection("key").weight.shape[0] // dim
+    if site.num_heads < 2:
+        raise ValueError(
+            f"`{name}` has one key and one value head (multi-query attention), so there is nothing to fuse."
+        )
     return site
-
-
-def _rotary_dim(family: Family, config: Any, head_dim: int) -> int | None:
-    if family.position != "partial":
-        return None
-    rope = getattr(config, "rope_parameters", None) or {}
-    return int(head_dim * rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", 1.0)))

@@ -91,10 +91,11 @@ class HeadFusion(nn.Module):
         alone = (self._together().sum(1) == 1)[:, None, None]
         identity = HeadMaps.identity(len(self.omega), self.layout, device=self.omega.device)
         pairs, fulls = (self.into_pair, self.out_pair), (self.into_full, self.out_full)
-        return tuple(
+        into, out = (
             HeadMaps(torch.where(alone, identity.pair, pair), torch.where(alone, identity.full, full))
             for pair, full in zip(pairs, fulls, strict=True)
         )
+        return into, out.restricted(self.layout.to(self.omega.device))
 
     def _together(self) -> Tensor:
         return self.owner[:, None] == self.owner[None, :]

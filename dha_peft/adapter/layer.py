@@ -17,14 +17,24 @@ from .fusion_state import HeadFusion
 class DHALayer(nn.Module, BaseTunerLayer):
     """Wraps the key or the value projection of an attention block.
 
-    `key` is its path in the model, for messages. The base weight stays frozen; the forward uses the fused weight `[H d, D]`, which keeps the base's shape until the collapse.
+    `key` is its path in the model, for messages. `gains` `[H, d]` multiply the heads after the projection (one norm over all
+    heads); heads are then fused with them. The base weight stays frozen; the forward uses the fused weight `[H d, D]`, which keeps the base's shape until the collapse.
     """
 
     adapter_layer_names: tuple[str, ...] = ("dha_fusion",)
     other_param_names: tuple[str, ...] = ()
 
-    def __init__(self, base_layer: nn.Module, kind: str, num_heads: int, layout: FrameLayout, key: str = "") -> None:
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        kind: str,
+        num_heads: int,
+        layout: FrameLayout,
+        key: str = "",
+        gains: Tensor | None = None,
+    ) -> None:
         super().__init__()
+        self._gains = gains
         self.base_layer = base_layer
         self.kind, self.num_heads, self.layout, self.key = kind, num_heads, layout, key
         self.dha_fusion = nn.ModuleDict()
@@ -61,13 +71,16 @@ class DHALayer(nn.Module, BaseTunerLayer):
         weight = weight.detach().float()
         if bias is not None:
             weight = torch.cat([weight, bias.detach().float()[:, None]], dim=1)
-        return weight.reshape(self.num_heads, -1, weight.shape[1])
+        heads = weight.reshape(self.num_heads, -1, weight.shape[1])
+        return heads if self._gains is None else heads * self._gains.to(heads.device)[..., None]
 
     def fused_weight(self, fusion: HeadFusion) -> tuple[Tensor, Tensor | None]:
         """Weight `[H d, D]` and bias of the projection as the adapter makes it, in the base's dtype."""
         base = self.get_base_layer()
         with torch.autocast(base.weight.device.type, enabled=False):
-            rows = fusion.fuse(self.base_heads()).heads.flatten(0, 1).to(base.weight.dtype)
+            heads = fusion.fuse(self.base_heads()).heads
+            heads = heads if self._gains is None else heads / self._gains.to(heads.device)[..., None]
+            rows = heads.flatten(0, 1).to(base.weight.dtype)
         return (rows, None) if base.bias is None else (rows[:, :-1], rows[:, -1])
 
     def fusion_loss(self, adapter_name: str | None = None) -> Tensor:

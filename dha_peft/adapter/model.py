@@ -11,14 +11,21 @@ from torch import nn
 
 from ..attention import KINDS, AttentionSite, find_attention
 from ..fusion.collapse import SharedHeads, collapse
-from ..models import FAMILIES, build_merged
+from ..models import FAMILIES, Family, build_merged
 from ..plan import DHAPlan, LayerPlan
 from ..search import Analysis, analyse, check_budget
 from .config import DHAConfig
 from .layer import DHALayer
 from .nesting import refuse_nested_adapters
+from .unpacked import PARTS, pack, unpack
 
-TARGET_MODULES = {name: [family.k, family.v] for name, family in FAMILIES.items()}
+
+def target_modules(family: Family) -> list[str]:
+    """Names of the modules that hold the keys and the values of a family, fused projections taken apart."""
+    return [family.k, family.v] if family.packing == "separate" else [PARTS[kind] for kind in KINDS]
+
+
+TARGET_MODULES = {name: target_modules(family) for name, family in FAMILIES.items()}
 TIED = 1e-3
 """Fusion loss below which a collapse is taken not to change the model."""
 
@@ -61,6 +68,7 @@ class DHAModel(BaseTuner):
         if config.plan is None and config.grouping != "learned":
             analysis = analyse(model, None, config.grouping)
             config.plan = analysis.plan(config.search_options()).to_dict()
+        unpack(self._sites)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         _check_targets(self._sites)
         if config.plan is not None:
@@ -121,16 +129,16 @@ class DHAModel(BaseTuner):
         if isinstance(target, DHALayer):
             target.update_layer(adapter_name, peft_config, inference)
             return
-        layer = self._new_layer(target, parent, current_key)
+        layer = self._new_layer(target, current_key)
         layer.set_adapter(self.active_adapters)
         layer.update_layer(adapter_name, peft_config, inference)
         self._replace_module(parent, target_name, layer, target)
 
-    def _new_layer(self, target: nn.Module, parent: nn.Module, key: str) -> DHALayer:
+    def _new_layer(self, target: nn.Module, key: str) -> DHALayer:
         for site in self._sites:
             for kind in KINDS:
-                if site.module is parent and site.projection(kind) is target:
-                    return DHALayer(target, kind, site.num_heads, site.layout(kind), key)
+                if site.projection(kind) is target:
+                    return DHALayer(target, kind, site.num_heads, site.layout(kind), key, site.gains(kind))
         raise ValueError(
             f"`target_modules` names `{key}`, which is not a key or value projection of a supported attention block; "
             "leave `target_modules` empty to find them from the model's family."
@@ -145,10 +153,10 @@ class DHAModel(BaseTuner):
     ) -> nn.Module:
         if not merge:
             self.unmerge_adapter()
-            return super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
+            return self._plain(super()._unload_and_optionally_merge(merge=False, progressbar=progressbar))
         name = self._adapter_to_merge(adapter_names)
         if name is None:
-            return super()._unload_and_optionally_merge(True, progressbar, safe_merge, adapter_names)
+            return self._plain(super()._unload_and_optionally_merge(True, progressbar, safe_merge, adapter_names))
         plan, sites = self.plan(name), self._sites
         refuse_nested_adapters(sites)
         _warn_untied(self.fusion_loss(name))
@@ -156,8 +164,13 @@ class DHAModel(BaseTuner):
         if safe_merge and not all(torch.isfinite(heads.shared).all() for pair in shared for heads in pair):
             raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
         # peft's own merge also merges adapters on other projections (LoRA on queries, output, MLP).
-        model = super()._unload_and_optionally_merge(True, progressbar, safe_merge, adapter_names)
+        model = self._plain(super()._unload_and_optionally_merge(True, progressbar, safe_merge, adapter_names))
         return collapse_model(model, sites, plan, shared)
+
+    def _plain(self, model: nn.Module) -> nn.Module:
+        """Fused projections in one piece again."""
+        pack(self._sites)
+        return model
 
     def _adapter_to_merge(self, adapter_names: list[str] | None) -> str | None:
         names = self.active_adapters if adapter_names is None else adapter_names
@@ -178,7 +191,7 @@ def collapse_model(
     layer_weights = []
     for site, (keys, values) in zip(sites, shared, strict=True):
         weights = collapse(site.weights(), keys, values)
-        layer_weights.append(site.flat_weights(weights))
+        layer_weights.append(site.flat_weights(weights, keys))
     with torch.no_grad():
         return build_merged(model, plan, layer_weights, share=share)
 
@@ -204,7 +217,7 @@ def _check_targets(sites: list[AttentionSite]) -> None:
 
 
 def _layer(site: AttentionSite, kind: str) -> DHALayer:
-    return getattr(site.module, site.projection_name(kind))
+    return site.outer(kind)
 
 
 def _warn_untied(loss: float) -> None:

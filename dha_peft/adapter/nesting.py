@@ -18,7 +18,7 @@ def refuse_nested_adapters(sites: list[AttentionSite]) -> None:
     """Raise ValueError if a key or value projection carries an adapter of another method."""
     for site in sites:
         for kind in KINDS:
-            module = getattr(site.module, site.projection_name(kind))
+            module = site.outer(kind)
             if isinstance(module, BaseTunerLayer) and not isinstance(module, DHALayer):
                 name = f"{site.name}.{site.projection_name(kind)}"
                 raise ValueError(f"`{name}` already carries a {_method(module)} adapter, {REMEDY}")

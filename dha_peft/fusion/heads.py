@@ -19,10 +19,14 @@ class FrameLayout:
     `pairs` `[P, 2]`: dimensions that the position encoding rotates together; only a complex factor per pair commutes
     with it. `rest` `[R]`: dimensions without positions, which take any `R x R` map. Values and keys of models
     without rotary positions have `P = 0`.
+
+    `phases` `[P]` is for keys that are normalised head by head after their projection: a read-out must then commute with
+    the norm, so it turns the pairs where `phases` is true without changing their length, and leaves all else alone.
     """
 
     pairs: Tensor
     rest: Tensor
+    phases: Tensor | None = None
 
     @classmethod
     def full(cls, head_dim: int) -> FrameLayout:
@@ -43,7 +47,8 @@ class FrameLayout:
         return 2 * len(self.pairs) + len(self.rest)
 
     def to(self, device: torch.device | str) -> FrameLayout:
-        return FrameLayout(self.pairs.to(device), self.rest.to(device))
+        phases = None if self.phases is None else self.phases.to(device)
+        return FrameLayout(self.pairs.to(device), self.rest.to(device), phases)
 
 
 @dataclass
@@ -101,6 +106,15 @@ class HeadMaps:
         if len(layout.rest):
             mapped[:, layout.rest] = self.full @ heads[:, layout.rest]
         return mapped
+
+    def restricted(self, layout: FrameLayout) -> HeadMaps:
+        """The nearest read-outs that the layout allows: these maps themselves, unless it has `phases`."""
+        if layout.phases is None:
+            return self
+        identity = HeadMaps.identity(len(self.pair), layout, dtype=self.pair.dtype, device=self.pair.device)
+        length = self.pair.norm(dim=-1, keepdim=True)
+        turned = torch.where(length > 0, self.pair / length.clamp_min(torch.finfo(length.dtype).tiny), identity.pair)
+        return HeadMaps(torch.where(layout.phases[None, :, None], turned, identity.pair), identity.full)
 
     def transpose(self) -> HeadMaps:
         """The adjoint maps: what a query must do when its key is read through these maps."""

@@ -7,7 +7,8 @@ import transformers
 from .build import build_merged
 from .configuration_dha import CONFIGS
 from .decode import set_attention_path, set_decode_kernel
-from .families import FAMILIES, Family, family_of
+from .families import FAMILIES, family_of
+from .family import Family
 from .modeling_dha import MODELS
 
 MERGED_TO_BASE: dict[str, str] = {family.merged_type: name for name, family in FAMILIES.items()}

@@ -7,16 +7,20 @@ expands them and calls the function that the user chose (`sdpa`, `eager`, flash,
 
 from __future__ import annotations
 
+import inspect
 import sys
+from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .cache_view import CacheView, update_paged
+from .cache_view import CacheView, GatherView, update_paged
 from .decode import decode_attention, takes_grouped_path
-from .families import Family
+from .family import Family, head_size, rotary_pairs, rotary_size
 from .maps import HeadMaps
+from .norms import QueryTurn, SharedNorm
+from .packing import HeadLinear, head_order
 
 ATTENTION_NAME = "dha_heads"
 _CACHE_ARGUMENTS = ("past_key_values", "layer_past")
@@ -39,6 +43,16 @@ class AttentionConfig:
         return getattr(self.model_config, name)
 
 
+class HeadCount:
+    """A config with another number of key heads, for building the norms of one layer."""
+
+    def __init__(self, config: Any, num_key_value_heads: int) -> None:
+        self.model_config, self.num_key_value_heads = config, num_key_value_heads
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["model_config"], name)
+
+
 class StockView:
     """The attention module as stock attention functions see it: with the model's own config (flash reads its name)."""
 
@@ -56,10 +70,14 @@ class DhaAttention(nn.Module):
     """Mixed in before a family's attention class; `convert_attention` makes one out of a family's module."""
 
     dha_maps: HeadMaps
+    dha_gather = False
+    dha_dispatch = True
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        for name in _CACHE_ARGUMENTS:
-            if kwargs.get(name) is not None:
+        for name in self.dha_cache_arguments:
+            if self.dha_gather:
+                kwargs[name] = GatherView(kwargs.get(name), self.dha_maps, expand=not self.dha_dispatch)
+            elif kwargs.get(name) is not None:
                 kwargs[name] = CacheView(kwargs[name])
         return super().forward(*args, **kwargs)
 
@@ -84,6 +102,8 @@ def dha_attention(
     """
     maps, name = module.dha_maps, module.config.model_config._attn_implementation
     scaling = module.head_dim**-0.5 if scaling is None else scaling
+    if hasattr(module, "dha_turn"):
+        query = module.dha_turn(query)
     if kwargs.get("cache") is not None:
         name = name.removeprefix("paged|")
         if name not in ("sdpa", "eager"):
@@ -104,27 +124,87 @@ def dha_attention(
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, dha_attention)
 
 
-def attention_class(family: Family, module_name: str) -> type:
-    """`Dha<Family>Attention`: the family's attention class with `DhaAttention` before it."""
-    base = family.base_class("Attention")
+@cache
+def attention_class(base: type) -> type:
+    """`Dha<...>`: a family's attention class with `DhaAttention` before it."""
     eager = getattr(sys.modules[base.__module__], "eager_attention_forward", None)
-    body = {"__module__": module_name, "eager_attention": staticmethod(eager)}
-    return type(f"Dha{family.prefix}Attention", (DhaAttention, base), body)
+    arguments = tuple(name for name in inspect.signature(base.forward).parameters if name in _CACHE_ARGUMENTS)
+    body = {"__module__": __name__, "eager_attention": staticmethod(eager), "dha_cache_arguments": arguments}
+    cls = type(f"Dha{base.__name__}", (DhaAttention, base), body)
+    globals()[cls.__name__] = cls
+    return cls
 
 
-def convert_attention(attention: nn.Module, cls: type, family: Family, config: Any, layer_idx: int) -> None:
+def convert_attention(attention: nn.Module, family: Family, config: Any, layer_idx: int) -> None:
     """Turn a family's freshly built attention module into a merged one, in place.
 
     In place, because then the module that the family's constructor built (with whatever arguments it wants) stays
-    and only the two projections are made anew. New weights are not initialised here.
+    and only the projections of keys and values, and norms that depend on head counts, are made anew. New weights are
+    not initialised here.
     """
-    maps = HeadMaps(config.key_head_map[layer_idx], config.value_head_map[layer_idx])
-    for name, heads in ((family.k, maps.num_key_heads), (family.v, maps.num_value_heads)):
-        old = getattr(attention, name)
-        shape = (old.in_features, heads * attention.head_dim)
-        new = nn.Linear(*shape, bias=old.bias is not None, device=old.weight.device, dtype=old.weight.dtype)
-        setattr(attention, name, new)
-    attention.dha_maps = maps
-    attention.num_key_value_groups = config.num_attention_heads // maps.num_pairs
-    attention.config = AttentionConfig(config)
-    attention.__class__ = cls
+    grouped = hasattr(attention, "num_key_value_groups")
+    maps = HeadMaps(config.key_head_map[layer_idx], config.value_head_map[layer_idx], grouped)
+    attention.head_dim = head_size(attention, config)
+    _replace_norms(attention, family, config, maps)
+    for name, module in _projections(attention, family, maps).items():
+        setattr(attention, name, module)
+    heads = config.num_attention_heads
+    for name in ("num_key_value_heads", "num_kv_heads", "kv_heads"):
+        if family.gather and hasattr(attention, name):
+            setattr(attention, name, heads)
+    attention.dha_maps, attention.dha_gather, attention.dha_dispatch = maps, family.gather, family.dispatch
+    if grouped:
+        attention.num_key_value_groups = heads // maps.num_pairs
+    if family.dispatch:
+        attention.config = AttentionConfig(config)
+    attention.__class__ = attention_class(type(attention))
+
+
+def _projections(attention: nn.Module, family: Family, maps: HeadMaps) -> dict[str, nn.Module]:
+    """The projections that change, by name."""
+    if family.packing != "separate":
+        places = _places(head_order(family.packing, len(maps.keys), len(maps.keys)), maps)
+        return {family.k: _head_linear(getattr(attention, family.k), places, attention.head_dim)}
+    wanted = {family.k: maps.keys, family.v: maps.values}
+    if family.gather:
+        return {
+            name: _head_linear(getattr(attention, name), heads, attention.head_dim) for name, heads in wanted.items()
+        }
+    new = {}
+    for name, heads in wanted.items():
+        old, rows = getattr(attention, name), (max(heads) + 1) * attention.head_dim
+        kwargs = {"device": old.weight.device, "dtype": old.weight.dtype}
+        new[name] = nn.Linear(old.in_features, rows, bias=old.bias is not None, **kwargs)
+    return new
+
+
+def _head_linear(old: nn.Module, places: list[int], dim: int) -> HeadLinear:
+    # transformers' Conv1D keeps `[inputs, outputs]`.
+    size = old.in_features if isinstance(old, nn.Linear) else old.weight.shape[0]
+    return HeadLinear(size, places, dim, old.bias is not None, device=old.weight.device, dtype=old.weight.dtype)
+
+
+def _places(order: list[tuple[str, int]], maps: HeadMaps) -> list[int]:
+    """Stored heads are all queries, then the distinct keys, then the distinct values."""
+    queries = len(maps.keys)
+    where = {
+        "q": list(range(queries)),
+        "k": [queries + head for head in maps.keys],
+        "v": [queries + maps.num_key_heads + head for head in maps.values],
+    }
+    return [where[kind][index] for kind, index in order]
+
+
+def _replace_norms(attention: nn.Module, family: Family, config: Any, maps: HeadMaps) -> None:
+    pairs = rotary_pairs(family, rotary_size(family, attention, config))
+    kwargs = {"device": next(attention.parameters()).device, "dtype": next(attention.parameters()).dtype}
+    if family.has_turn(attention):
+        attention.dha_turn = QueryTurn(len(maps.keys), pairs, **kwargs)
+    norm = getattr(attention, family.norm, None)
+    if family.has_norm(attention, "all_rms"):
+        eps = getattr(norm, "variance_epsilon", None) or norm.eps
+        setattr(attention, family.norm, SharedNorm(maps.keys, attention.head_dim, pairs, eps, **kwargs))
+    if family.has_norm(attention, "head_layer"):
+        count = len(maps.keys) if family.gather else maps.num_key_heads
+        fresh = type(attention)(HeadCount(config, count), attention.layer_idx)
+        setattr(attention, family.norm, getattr(fresh, family.norm))

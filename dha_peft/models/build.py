@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..plan import DHAPlan
+from ..plan import DHAPlan, Groups
 from .configuration_dha import CONFIGS
-from .families import Family, family_of
+from .families import family_of
+from .family import Family, head_size, kv_heads
 from .maps import HeadMaps, neighbour_order
 from .modeling_dha import MODELS
+from .packing import HeadLinear
 
 LayerWeights = Mapping[str, Tensor]
 
@@ -29,7 +31,9 @@ def build_merged(
         plan: groups of every layer, over the base's KV heads.
         layer_weights: per layer, in `nn.Linear` layout, `"q" [H*d, D]`, `"k" [Hk*d, D]`, `"v" [Hv*d, D]`,
             `"o" [D, H*d]`, and biases `"q_bias"`, `"k_bias"`, `"v_bias"`, `"o_bias"` where the family has them. A bias
-            that the family has and the dict lacks becomes zero. They are cast to the base's dtype and device.
+            that the family has and the dict lacks becomes zero. They are cast to the base's dtype and device. Families
+            with key norms also take `"turn" [H, P, 2]` (factors on the rotary pairs of the normalised queries; absent:
+            none) and, with one norm over all heads, `"root" [Hk, P, 3]` (see `SharedNorm`).
         share: reuse the base's other tensors (no extra memory, but training one changes the other) or copy them.
 
     Returns:
@@ -41,21 +45,20 @@ def build_merged(
         ValueError: unsupported, quantized or already merged base; plan or weights that do not fit it.
     """
     family = family_of(base_model.config.model_type)
-    _check_base(base_model, plan, layer_weights)
+    sources = family.attentions(base_model.base_model)
+    _check_base(base_model, plan, layer_weights, [kv_heads(family, source, base_model.config) for source in sources])
     orders = [_query_order(layer, base_model.config.num_attention_heads, family) for layer in plan.layers]
     with torch.device("meta"):
         merged = _merged_class(base_model, family)(_merged_config(base_model.config, family, plan, orders))
-    _take_tensors(merged, base_model, share)
-    targets = zip(family.attentions(merged.base_model), family.attentions(base_model.base_model), strict=True)
-    for index, (target, source) in enumerate(targets):
-        head_dim = target.head_dim
-        weights = _permuted(layer_weights[index], orders[index], head_dim)
-        for name in ("q", "k", "v", "o"):
-            _fill(getattr(target, getattr(family, name)), weights, name, index, getattr(source, getattr(family, name)))
+    targets = family.attentions(merged.base_model)
+    _take_tensors(merged, base_model, share, _skipped(targets, family))
+    for index, (target, source) in enumerate(zip(targets, sources, strict=True)):
+        weights = _permuted(layer_weights[index], orders[index], head_size(target, merged.config))
+        _fill_attention(target, source, family, weights, plan.layers[index].key_groups, index)
     return _finish(merged, base_model)
 
 
-def _check_base(base: PreTrainedModel, plan: DHAPlan, layer_weights: Sequence[LayerWeights]) -> None:
+def _check_base(base: PreTrainedModel, plan: DHAPlan, layer_weights: Sequence[LayerWeights], heads: list[int]) -> None:
     config = base.config
     if getattr(base, "is_quantized", False) or getattr(config, "quantization_config", None):
         raise ValueError(
@@ -68,10 +71,10 @@ def _check_base(base: PreTrainedModel, plan: DHAPlan, layer_weights: Sequence[La
             "all three must agree."
         )
     for index, layer in enumerate(plan.layers):
-        if layer.num_heads != config.num_key_value_heads:
+        if layer.num_heads != heads[index]:
             raise ValueError(
                 f"layer {index} of the plan groups {layer.num_heads} heads, but the base has "
-                f"{config.num_key_value_heads} KV heads; make the plan over the base's KV heads."
+                f"{heads[index]} KV heads; make the plan over the base's KV heads."
             )
 
 
@@ -105,13 +108,24 @@ def _merged_class(base: PreTrainedModel, family: Family) -> type:
     raise ValueError(f"`{type(base).__name__}` has no merged counterpart; pass one of {names}, without any wrapper.")
 
 
-def _take_tensors(merged: PreTrainedModel, base: PreTrainedModel, share: bool) -> None:
+def _skipped(targets: list[nn.Module], family: Family) -> set[int]:
+    """Modules whose tensors come from the collapse."""
+    names = {family.q, family.k, family.v, family.o, "dha_turn"}
+    modules = [getattr(target, name) for target in targets for name in names if hasattr(target, name)]
+    if family.key_norm in ("all_rms", "head_layer"):
+        modules += [getattr(target, family.norm) for target in targets if hasattr(target, family.norm)]
+    return {id(part) for module in modules for part in module.modules()}
+
+
+def _take_tensors(merged: PreTrainedModel, base: PreTrainedModel, share: bool, skipped: set[int]) -> None:
     """Fill the merged model's meta tensors from the base's of the same name; tied parameters stay tied."""
     taken: dict[int, Tensor] = {}
     for name, module in merged.named_modules():
         if isinstance(module, HeadMaps):
             module.to_empty(device=next(base.parameters()).device)
             module.reset_buffers()
+            continue
+        if id(module) in skipped:
             continue
         try:
             source = base.get_submodule(name)
@@ -132,23 +146,79 @@ def _permuted(weights: LayerWeights, order: list[int], head_dim: int) -> dict[st
     rows = torch.cat([torch.arange(head * head_dim, (head + 1) * head_dim) for head in order])
     moved = {name: weights[name][rows.to(weights[name].device)] for name in ("q", "q_bias") if name in weights}
     moved["o"] = weights["o"][:, rows.to(weights["o"].device)]
+    if "turn" in weights:
+        moved["turn"] = weights["turn"][order]
     return {**weights, **moved}
 
 
+def _fill_attention(
+    target: nn.Module, source: nn.Module, family: Family, weights: LayerWeights, key_groups: Groups, layer: int
+) -> None:
+    bias = {name: getattr(getattr(source, getattr(family, name)), "bias", None) is not None for name in "qkvo"}
+    for name, has in bias.items():
+        if f"{name}_bias" in weights and not has:
+            raise ValueError(f"layer {layer} has a `{name}_bias`, but this family's {name} projection has no bias.")
+    like = getattr(source, family.o).weight
+    if family.packing == "separate":
+        for name in "qkv":
+            _fill(getattr(target, getattr(family, name)), weights, (name,), layer, like)
+    else:
+        _fill(getattr(target, family.k), weights, ("q", "k", "v"), layer, like)
+    _fill(getattr(target, family.o), weights, ("o",), layer, like)
+    if family.has_turn(source):
+        _fill_turn(target, family, weights, like, layer)
+    if family.has_norm(source, "head_layer"):
+        _tie_norms(getattr(target, family.norm), getattr(source, family.norm), key_groups, target)
+
+
 @torch.no_grad()
-def _fill(linear: nn.Linear, weights: LayerWeights, name: str, layer: int, source: nn.Linear) -> None:
-    """Give one projection its collapsed weight and bias, in the dtype and on the device of the base's projection."""
-    like = source.weight
-    weight, bias = weights[name], weights.get(f"{name}_bias")
-    shape = (linear.out_features, linear.in_features)
-    if tuple(weight.shape) != shape:
-        raise ValueError(f"`{name}` of layer {layer} has shape {tuple(weight.shape)}, but the plan needs {shape}.")
-    if bias is not None and source.bias is None:
-        raise ValueError(f"layer {layer} has a `{name}_bias`, but this family's {name} projection has no bias.")
-    linear.weight = nn.Parameter(weight.detach().to(like.device, like.dtype, copy=True))
-    if source.bias is not None:
-        bias = like.new_zeros(shape[0]) if bias is None else bias.detach().to(like.device, like.dtype, copy=True)
-        linear.bias = nn.Parameter(bias)
+def _fill(module: nn.Module, weights: LayerWeights, names: tuple[str, ...], layer: int, like: Tensor) -> None:
+    """Give one projection its collapsed weights (several when fused) and bias, in dtype and device of `like`."""
+    if isinstance(module, HeadLinear):
+        module.to_empty(device=like.device)
+        module.reset_buffers()
+        module = module.heads
+    weight = torch.cat([weights[name] for name in names])
+    shape = tuple(module.weight.shape)
+    transposed = not isinstance(module, nn.Linear)  # transformers' Conv1D
+    if tuple(weight.shape) != (shape[::-1] if transposed else shape):
+        raise ValueError(
+            f"`{'`, `'.join(names)}` of layer {layer} has shape {tuple(weight.shape)}, but the plan needs {shape}."
+        )
+    weight = weight.T.contiguous() if transposed else weight
+    module.weight = nn.Parameter(weight.detach().to(like.device, like.dtype, copy=True))
+    if module.bias is not None:
+        parts = [weights.get(f"{name}_bias", weights[name].new_zeros(len(weights[name]))) for name in names]
+        module.bias = nn.Parameter(torch.cat(parts).detach().to(like.device, like.dtype, copy=True))
+
+
+def _fill_turn(target: nn.Module, family: Family, weights: LayerWeights, like: Tensor, layer: int) -> None:
+    modules = [(target.dha_turn, "factor", "turn")]
+    if family.key_norm == "all_rms":
+        modules.append((getattr(target, family.norm), "root", "root"))
+    for module, parameter, name in modules:
+        module.to_empty(device=like.device)
+        module.to(like.dtype).reset_parameters()
+        if name in weights:
+            setattr(module, parameter, nn.Parameter(weights[name].detach().to(like.device, like.dtype, copy=True)))
+        elif name == "root":
+            raise ValueError(f"layer {layer} has no `root`, which a norm over all key heads needs; see `SharedNorm`.")
+
+
+@torch.no_grad()
+def _tie_norms(target: nn.Module, source: nn.Module, key_groups: Groups, attention: nn.Module) -> None:
+    """Gains of a group's norms become their mean; norms that all heads share are copied."""
+    maps = attention.dha_maps
+    heads = maps.keys if attention.dha_gather else range(maps.num_key_heads)
+    if hasattr(source, "norms"):
+        gains = torch.stack([norm.weight for norm in source.norms])
+        for norm, head in zip(target.norms, heads, strict=True):
+            norm.weight = nn.Parameter(gains[list(key_groups[head])].mean(0))
+        return
+    for name, tensor in source.named_parameters():
+        if tensor.dim() == 2:
+            tensor = torch.stack([tensor[list(key_groups[head])].mean(0) for head in heads])
+        setattr(target, name, nn.Parameter(tensor.detach().clone()))
 
 
 def _finish(merged: PreTrainedModel, base: PreTrainedModel) -> PreTrainedModel:

@@ -36,6 +36,31 @@ class CacheView:
         return self.cache.update(keys, values, layer_idx, *args, **kwargs)
 
 
+class GatherView(CacheView):
+    """A cache, or none, seen by a forward that wants one key and one value head per query head.
+
+    `update` takes these, cuts out the distinct heads, stores only them, and gives back what the forward's attention
+    expects: the distinct heads where it is transformers' attention interface, all heads where it is its own.
+    """
+
+    def __init__(self, cache: Any, maps: Any, expand: bool) -> None:
+        super().__init__(cache)
+        self.maps, self.expand = maps, expand
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """`[B, H, T, d]` each; returns `[B, Hk, S, d]` and `[B, Hv, S, d]`, or `[B, H, S, d]` each."""
+        maps = self.maps
+        keys, values = keys.index_select(1, maps.key_first), values.index_select(1, maps.value_first)
+        if self.cache is not None:
+            keys, values = super().update(keys, values, layer_idx, *args, **kwargs)
+        if self.expand:
+            return keys.index_select(1, maps.key_map), values.index_select(1, maps.value_map)
+        return keys, values
+
+    def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
+        return 0 if self.cache is None else self.cache.get_seq_length(*args, **kwargs)
+
+
 def allocate_static(layer: StaticLayer, keys: Tensor, values: Tensor) -> None:
     """Initialise a static layer for keys `[B, Hk, T, d]` and values `[B, Hv, T, d]`."""
     layer.lazy_initialization(keys, values)

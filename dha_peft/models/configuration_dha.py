@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .families import FAMILIES, Family
+from .families import FAMILIES
+from .family import Family
 
 HeadMap = list[list[int]]
 
@@ -46,14 +47,15 @@ class DhaConfigMixin:
         self.num_value_heads = _counts("num_value_heads", num_value_heads, self.value_head_map)
         self.num_key_value_heads = max(self.num_key_heads + self.num_value_heads)
         self.dha_plan = dha_plan
-        self.auto_map = auto_map(self.dha_family)
+        if self.dha_family.ships:
+            self.auto_map = auto_map(self.dha_family)
         self.base_model_tp_plan = _replicated_attention(self.dha_family, self.base_model_tp_plan)
         self._set_per_layer_config()
 
     def _checked(self, name: str, head_map: HeadMap | None) -> HeadMap:
         heads, layers = self.num_attention_heads, self.num_hidden_layers
         if head_map is None:
-            kv_heads = self._getattr_without_heterogeneous_validation("num_key_value_heads")
+            kv_heads = base_kv_heads(self) or heads
             return [[query * kv_heads // heads for query in range(heads)] for _ in range(layers)]
         if len(head_map) != layers:
             raise ValueError(
@@ -68,11 +70,21 @@ class DhaConfigMixin:
         return [[int(head) for head in row] for row in head_map]
 
     def _set_per_layer_config(self) -> None:
-        if self.num_key_heads != self.num_value_heads:
+        standard = "num_key_value_heads" in type(self).__dataclass_fields__ and not self.dha_family.gather
+        if self.num_key_heads != self.num_value_heads or not standard:
             return
         if len(set(self.num_key_heads)) > 1:
             self.allow_global_per_layer_attribute_access = True
             self.per_layer_config = {i: {"num_key_value_heads": n} for i, n in enumerate(self.num_key_heads)}
+
+
+def base_kv_heads(config: Any) -> int | None:
+    """`num_key_value_heads` of a config whose layers may differ; None if it has no such field."""
+    read = getattr(config, "_getattr_without_heterogeneous_validation", None)
+    try:
+        return read("num_key_value_heads") if read else config.num_key_value_heads
+    except AttributeError:
+        return None
 
 
 def auto_map(family: Family) -> dict[str, str]:
@@ -92,6 +104,8 @@ def _replicated_attention(family: Family, plan: dict[str, str] | None) -> dict[s
     """Head maps reach across ranks, so tensor parallelism gathers the attention's projections."""
     if plan is None:
         return None
+    if family.gather:
+        return {key: style for key, style in plan.items() if f".{family.attention}." not in key}
     inputs = tuple(f".{family.attention}.{name}" for name in (family.q, family.k, family.v))
     output = f".{family.attention}.{family.o}"
     styles = {key: "colwise_gather_output" if key.endswith(inputs) else style for key, style in plan.items()}
@@ -107,9 +121,20 @@ def _config_class(family: Family) -> type:
         "dha_family": family,
     }
     cls = type(name, (DhaConfigMixin, family.base_class("Config")), body)
-    cls.register_for_auto_class("AutoConfig")
+    if family.ships:
+        cls.register_for_auto_class("AutoConfig")
     return cls
 
 
-CONFIGS: dict[str, type] = {family.merged_type: _config_class(family) for family in FAMILIES.values()}
-globals().update({cls.__name__: cls for cls in CONFIGS.values()})
+CONFIGS: dict[str, type] = {}
+
+
+def add_config(family: Family) -> type:
+    """Make and keep the config class of one family."""
+    cls = CONFIGS[family.merged_type] = _config_class(family)
+    globals()[cls.__name__] = cls
+    return cls
+
+
+for _family in FAMILIES.values():
+    add_config(_family)

@@ -1,86 +1,64 @@
-"""Model families as data: one row says where the attention of a family lives and how it is laid out.
-
-This file ships with every merged checkpoint, so it imports nothing but the standard library and transformers.
-"""
+"""The table of model families. Adding a family is one row here and one row in the shared tests (`tests/families`)."""
 
 from __future__ import annotations
 
-import importlib
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from .family import Family, get_path, head_size, rotary_pairs, rotary_size
 
-# Auto class -> ending of the class name in transformers' modelling file.
-TASKS: dict[str, str] = {
-    "AutoModel": "Model",
-    "AutoModelForCausalLM": "ForCausalLM",
-    "AutoModelForSequenceClassification": "ForSequenceClassification",
-    "AutoModelForTokenClassification": "ForTokenClassification",
-    "AutoModelForQuestionAnswering": "ForQuestionAnswering",
+_NEOX = {"q": "query_key_value", "k": "query_key_value", "v": "query_key_value", "o": "dense"}
+_GPT2 = {"layers": "h", "attention": "attn", "q": "c_attn", "k": "c_attn", "v": "c_attn", "o": "c_proj"}
+_CAUSAL_GPT2 = {"ForCausalLM": "GPT2LMHeadModel"}
+_CODEGEN = {"q": "qkv_proj", "k": "qkv_proj", "v": "qkv_proj", "o": "out_proj"}
+_GEMMA3 = {
+    "Config": "Gemma3TextConfig",
+    "Model": "Gemma3TextModel",
+    "ForSequenceClassification": "Gemma3TextForSequenceClassification",
 }
+# Forwards that want every head, and that compute attention themselves.
+_OWN = {"gather": True, "dispatch": False, "reorder": False}
 
+ROWS: tuple[Family, ...] = (
+    # Separate projections whose forward takes any number of key and value heads.
+    Family("llama", "Llama"),
+    Family("mistral", "Mistral"),
+    Family("mixtral", "Mixtral"),
+    Family("qwen2", "Qwen2"),
+    Family("qwen2_moe", "Qwen2Moe"),
+    Family("qwen3", "Qwen3", key_norm="head_rms"),
+    Family("qwen3_moe", "Qwen3Moe", key_norm="head_rms"),
+    Family("gemma", "Gemma"),
+    Family("gemma2", "Gemma2"),
+    Family("gemma3_text", "Gemma3", key_norm="head_rms", folder="gemma3", names=_GEMMA3),
+    Family("olmo", "Olmo"),
+    Family("olmo2", "Olmo2", key_norm="all_rms", reorder=False),
+    Family("olmo3", "Olmo3", key_norm="all_rms", reorder=False),
+    Family("olmoe", "Olmoe", key_norm="all_rms", reorder=False),
+    Family("phi", "Phi", o="dense", key_norm="head_layer", norm="k_layernorm"),
+    Family("starcoder2", "Starcoder2"),
+    Family("cohere", "Cohere", position="interleaved", key_norm="head_layer", reorder=False),
+    Family("granite", "Granite"),
+    Family("smollm3", "SmolLM3"),
+    # Fused projections, or forwards that count on one key and value head per query head.
+    Family("stablelm", "StableLm", key_norm="head_layer", norm="k_layernorm", reorder=False, gather=True),
+    Family("phi3", "Phi3", q="qkv_proj", k="qkv_proj", v="qkv_proj", packing="blocks", gather=True),
+    Family("gpt_neox", "GPTNeoX", attention="attention", packing="heads", gather=True, **_NEOX),
+    Family("persimmon", "Persimmon", packing="heads", gather=True, key_norm="head_layer", norm="k_layernorm", **_NEOX),
+    Family("gpt2", "GPT2", packing="blocks", position="none", gather=True, names=_CAUSAL_GPT2, **_GPT2),
+    Family("gpt_bigcode", "GPTBigCode", packing="heads", position="none", gather=True, **_GPT2),
+    Family("opt", "OPT", layers="decoder.layers", o="out_proj", position="none", gather=True),
+    Family("gptj", "GPTJ", layers="h", attention="attn", o="out_proj", position="interleaved", **_OWN),
+    Family("gpt_neo", "GPTNeo", layers="h", attention="attn.attention", o="out_proj", position="none", **_OWN),
+    Family(
+        "codegen", "CodeGen", layers="h", attention="attn", packing="codegen", position="interleaved", **_CODEGEN, **_OWN
+    ),
+    Family("bloom", "Bloom", layers="h", attention="self_attention", packing="heads", position="none", **_NEOX, **_OWN),
+    Family("falcon", "Falcon", layers="h", attention="self_attention", packing="heads", **_NEOX, **_OWN),
+    Family(
+        "mpt", "Mpt", layers="blocks", attention="attn", packing="blocks", position="none",
+        q="Wqkv", k="Wqkv", v="Wqkv", o="out_proj", **_OWN,
+    ),
+)  # fmt: skip
 
-@dataclass(frozen=True)
-class Family:
-    """One row of the table.
-
-    Attributes:
-        model_type: transformers' `config.model_type`, and the name of its folder under `transformers.models`.
-        prefix: start of the family's class names ("Llama" in `LlamaForCausalLM`).
-        layers: attribute path from the trunk to the list of decoder layers.
-        attention: attribute path from a decoder layer to its attention module.
-        q, k, v, o: names of the projections inside the attention module.
-        packing: how q, k and v lie in their Linears. "separate": three Linears, heads one after the other.
-        position: "half" (RoPE pairs f and f + d/2), "interleaved" (2f and 2f + 1), "partial" (half-split over the
-            first part of the head) or "none" (nothing position dependent touches the keys).
-        reorder: whether query heads may be permuted (false if a head carries something of its own, such as a slope).
-    """
-
-    model_type: str
-    prefix: str
-    layers: str = "layers"
-    attention: str = "self_attn"
-    q: str = "q_proj"
-    k: str = "k_proj"
-    v: str = "v_proj"
-    o: str = "o_proj"
-    packing: Literal["separate"] = "separate"
-    position: Literal["half", "interleaved", "partial", "none"] = "half"
-    reorder: bool = True
-    attention_class: str = field(default="")
-
-    @property
-    def merged_type(self) -> str:
-        """Model type of the merged model."""
-        return f"dha_{self.model_type}"
-
-    def module(self, kind: Literal["modeling", "configuration"]) -> Any:
-        """The family's file in transformers."""
-        return importlib.import_module(f"transformers.models.{self.model_type}.{kind}_{self.model_type}")
-
-    def base_class(self, ending: str) -> Any:
-        """The family's class with this ending ("Config", "Attention", "ForCausalLM", ...); None if it has none."""
-        if ending == "Attention" and self.attention_class:
-            return getattr(self.module("modeling"), self.attention_class)
-        kind = "configuration" if ending == "Config" else "modeling"
-        return getattr(self.module(kind), f"{self.prefix}{ending}", None)
-
-    def tasks(self) -> dict[str, str]:
-        """The entries of `TASKS` for which the family has a class."""
-        return {auto: ending for auto, ending in TASKS.items() if self.base_class(ending) is not None}
-
-    def attentions(self, trunk: Any) -> list[Any]:
-        """Attention modules of a trunk (`model.base_model`), in layer order."""
-        return [get_path(layer, self.attention) for layer in get_path(trunk, self.layers)]
-
-
-FAMILIES: dict[str, Family] = {
-    row.model_type: row
-    for row in (
-        Family("llama", "Llama"),
-        Family("mistral", "Mistral"),
-        Family("qwen2", "Qwen2"),
-    )
-}
+FAMILIES: dict[str, Family] = {row.model_type: row for row in ROWS}
 
 
 def family_of(model_type: str) -> Family:
@@ -95,14 +73,11 @@ def family_of(model_type: str) -> Family:
         )
     if model_type not in FAMILIES:
         raise ValueError(
-            f"`config.model_type` is `{model_type}`, which has no merged DHA model; "
-            f"supported types are {', '.join(sorted(FAMILIES))}."
+            f"`config.model_type` is `{model_type}`, which is no row of the table of model families, so it is unknown where "
+            "its layers, attention and query, key, value and output projections are; supported types are "
+            f"{', '.join(sorted(FAMILIES))}. Add a row with `dha_peft.register_family` (see docs/families.md)."
         )
     return FAMILIES[model_type]
 
 
-def get_path(root: Any, path: str) -> Any:
-    """`root.a.b` for the path "a.b"."""
-    for name in path.split("."):
-        root = getattr(root, name)
-    return root
+__all__ = ["FAMILIES", "ROWS", "Family", "family_of", "get_path", "head_size", "rotary_pairs", "rotary_size"]

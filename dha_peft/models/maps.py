@@ -12,11 +12,13 @@ class HeadMaps(nn.Module):
     Args:
         key_map: `[H]`, key head of each query head.
         value_map: `[H]`, value head of each query head.
+        grouped: whether stock attention repeats heads by itself (`num_key_value_groups`); else it gets all `H`.
 
     Attributes (`P` pairs are what stock attention sees as its KV heads):
         num_pairs: distinct (key, value) pairs if each serves equally many neighbouring query heads, else `H`.
         pair_key, pair_value: `[P]`, heads that make up each pair.
         key_map, value_map: `[H]`, the maps themselves.
+        key_first, value_first: `[Hk]` and `[Hv]`, the first query head that reads each head.
         key_rows, value_rows: `[Hk * n]` and `[Hv * m]`, query heads sorted by the head they read and padded to the
             largest group, so that one batched matmul serves all groups whatever their sizes.
         key_slots, value_slots: `[H]`, where each query head lies in those rows.
@@ -24,11 +26,11 @@ class HeadMaps(nn.Module):
     Buffers are not saved; `reset_buffers` restores them after loading on the meta device.
     """
 
-    def __init__(self, key_map: list[int], value_map: list[int]) -> None:
+    def __init__(self, key_map: list[int], value_map: list[int], grouped: bool = True) -> None:
         super().__init__()
-        self.keys, self.values = list(key_map), list(value_map)
+        self.keys, self.values, self.grouped = list(key_map), list(value_map), grouped
         self.num_key_heads, self.num_value_heads = max(key_map) + 1, max(value_map) + 1
-        pairs = neighbour_pairs(self.keys, self.values)
+        pairs = self._pairs()
         self.num_pairs = len(pairs)
         # Python booleans: known when a graph is traced, so the usual layouts gather nothing.
         self.keys_in_place = [pair[0] for pair in pairs] == list(range(self.num_key_heads))
@@ -36,12 +38,17 @@ class HeadMaps(nn.Module):
         for name, index in self._indices(pairs).items():
             self.register_buffer(name, torch.tensor(index), persistent=False)
 
+    def _pairs(self) -> list[tuple[int, int]]:
+        return neighbour_pairs(self.keys, self.values) if self.grouped else list(zip(self.keys, self.values))
+
     def _indices(self, pairs: list[tuple[int, int]]) -> dict[str, list[int]]:
         key_rows, key_slots = _padded_rows(self.keys)
         value_rows, value_slots = _padded_rows(self.values)
         return {
             "key_map": self.keys,
             "value_map": self.values,
+            "key_first": [self.keys.index(head) for head in range(self.num_key_heads)],
+            "value_first": [self.values.index(head) for head in range(self.num_value_heads)],
             "pair_key": [pair[0] for pair in pairs],
             "pair_value": [pair[1] for pair in pairs],
             "key_rows": key_rows,
@@ -53,7 +60,7 @@ class HeadMaps(nn.Module):
     @torch.no_grad()
     def reset_buffers(self) -> None:
         """Write the indices again, on whatever device the buffers are now."""
-        for name, index in self._indices(neighbour_pairs(self.keys, self.values)).items():
+        for name, index in self._indices(self._pairs()).items():
             getattr(self, name).copy_(torch.tensor(index))
 
     def expand(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,22 +6,41 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 from torch import nn
-from transformers import AutoModel, GenerationMixin
+from transformers import AutoModel, GenerationMixin, PreTrainedModel
 
-from .attention import attention_class, convert_attention
-from .configuration_dha import CONFIGS
-from .families import FAMILIES, Family
+from .attention import convert_attention
+from .configuration_dha import CONFIGS, add_config
+from .families import FAMILIES
+from .family import Family
 from .maps import HeadMaps
+from .norms import QueryTurn, SharedNorm
+from .packing import HeadLinear
 
 
-class DhaMixin:
+class DhaInit:
+    """Initialises the modules that a merged model adds; also mixed into models inside of the trunk (OPT's decoder)."""
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, (HeadMaps, HeadLinear)):
+            module.reset_buffers()
+        if isinstance(module, (QueryTurn, SharedNorm)):
+            module.reset_parameters()
+
+
+@cache
+def _inner_class(base: type) -> type:
+    return type(f"Dha{base.__name__}", (DhaInit, base), {"__module__": __name__})
+
+
+class DhaMixin(DhaInit):
     """Builds the family's model and turns its attention modules into merged ones."""
 
     dha_family: Family
-    dha_attention_class: type
     dha_trunk_class: type
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -40,12 +59,10 @@ class DhaMixin:
 
     def _convert_layers(self) -> None:
         for index, attention in enumerate(self.dha_family.attentions(self)):
-            convert_attention(attention, self.dha_attention_class, self.dha_family, self.config, index)
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, HeadMaps):
-            module.reset_buffers()
+            convert_attention(attention, self.dha_family, self.config, index)
+        for module in self.modules():
+            if isinstance(module, PreTrainedModel) and not isinstance(module, DhaInit):
+                module.__class__ = _inner_class(type(module))
 
     def _get_static_cache_init_shape(self) -> None:
         """Static caches are initialised at the first update: keys and values have different head counts."""
@@ -53,22 +70,32 @@ class DhaMixin:
 
 def _classes(family: Family) -> dict[str, type]:
     """Auto class name -> merged class, for every task of a family."""
-    attention = attention_class(family, __name__)
-    globals()[attention.__name__] = attention
-    body = {"__module__": __name__, "dha_family": family, "dha_attention_class": attention}
-    body["config_class"] = CONFIGS[family.merged_type]
+    body = {"__module__": __name__, "dha_family": family, "config_class": CONFIGS[family.merged_type]}
     classes: dict[str, type] = {}
     for auto, ending in family.tasks().items():
         bases = (DhaMixin, family.base_class(ending)) + ((GenerationMixin,) if ending == "ForCausalLM" else ())
         cls = type(
             f"Dha{family.prefix}{ending}", bases, {**body, "__doc__": f"{family.prefix}{ending} with fused heads."}
         )
-        cls.register_for_auto_class(auto)
+        if family.ships:
+            cls.register_for_auto_class(auto)
         classes[auto] = cls
     for cls in classes.values():
         cls.dha_trunk_class = classes["AutoModel"]
     return classes
 
 
-MODELS: dict[str, dict[str, type]] = {family.merged_type: _classes(family) for family in FAMILIES.values()}
-globals().update({cls.__name__: cls for classes in MODELS.values() for cls in classes.values()})
+MODELS: dict[str, dict[str, type]] = {}
+
+
+def add_models(family: Family) -> dict[str, type]:
+    """Make and keep config and model classes of one family."""
+    if family.merged_type not in CONFIGS:
+        add_config(family)
+    classes = MODELS[family.merged_type] = _classes(family)
+    globals().update({cls.__name__: cls for cls in classes.values()})
+    return classes
+
+
+for _family in FAMILIES.values():
+    add_models(_family)

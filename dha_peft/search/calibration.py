@@ -78,13 +78,12 @@ def _weights_only(sites: list[AttentionSite]) -> Statistics:
     moments = []
     for site in sites:
         weight = site.projection("key").weight
-        moments.append(identity_moment(weight.shape[1], site.has_bias, device=weight.device))
+        moments.append(identity_moment(site.input_size, site.has_bias, device=weight.device))
     return Statistics(moments, [weight_metrics(s, m) for s, m in zip(sites, moments, strict=True)])
 
 
 def _accumulator(site: AttentionSite) -> MomentAccumulator:
-    weight = site.projection("key").weight
-    return MomentAccumulator(weight.shape[1], site.has_bias, weight.device)
+    return MomentAccumulator(site.input_size, site.has_bias, site.projection("key").weight.device)
 
 
 class _FisherAccumulator:
@@ -181,7 +180,7 @@ def _gradient_hooks(site: AttentionSite, fisher: _FisherAccumulator):
         def hook(_module, _inputs, output):
             if not output.requires_grad:
                 output.requires_grad_(True)
-            output.register_hook(lambda gradient: fisher.add(kind, gradient))
+            output.register_hook(lambda gradient: fisher.add(kind, site.head_gradient(kind, gradient)))
 
         return hook
 

@@ -1,0 +1,146 @@
+"""One model family as data: where its attention lives and how it is laid out.
+
+This file ships with every merged checkpoint, so it imports nothing but the standard library and transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+# Auto class -> ending of the class name in transformers' modelling file.
+TASKS: dict[str, str] = {
+    "AutoModel": "Model",
+    "AutoModelForCausalLM": "ForCausalLM",
+    "AutoModelForSequenceClassification": "ForSequenceClassification",
+    "AutoModelForTokenClassification": "ForTokenClassification",
+    "AutoModelForQuestionAnswering": "ForQuestionAnswering",
+}
+
+Packing = Literal["separate", "heads", "blocks", "codegen"]
+KeyNorm = Literal["", "head_rms", "head_layer", "all_rms"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row of the table in `families.py`.
+
+    Attributes:
+        model_type: transformers' `config.model_type`.
+        prefix: start of the family's class names ("Llama" in `LlamaForCausalLM`).
+        layers: attribute path from the trunk to the list of decoder layers.
+        attention: attribute path from a decoder layer to its attention module.
+        q, k, v, o: names of the projections inside the attention module; equal names for a fused projection.
+        packing: how a fused projection lies. "separate": three projections, heads one after the other. "heads": per
+            KV head its queries, its key and its value. "blocks": all queries, all keys, all values. "codegen": four
+            blocks of queries, values and keys.
+        position: "half" (RoPE pairs f and f + r/2 of the first r dimensions), "interleaved" (2f and 2f + 1) or "none"
+            (nothing position dependent touches the keys: ALiBi and learned positions).
+        reorder: whether query heads may be permuted (false if a head carries something of its own, such as a slope).
+        gather: the family's forward wants one key and one value head per query head, so the distinct heads are
+            repeated for it and cut out again in front of the cache.
+        dispatch: the forward calls transformers' attention interface, so attention works on un-expanded heads.
+        key_norm: "" (none), "head_rms" / "head_layer" (RMSNorm / LayerNorm of each key head) or "all_rms" (one RMSNorm
+            over all key heads). The norm may be absent by config; then nothing is done about it.
+        norm: name of the key norm inside the attention module.
+        folder: folder under `transformers.models`, if it is not the model type.
+        names: class names that are not prefix + ending.
+        classes: classes themselves by ending ("Config", "Model", "ForCausalLM"), for models outside of transformers.
+    """
+
+    model_type: str
+    prefix: str
+    layers: str = "layers"
+    attention: str = "self_attn"
+    q: str = "q_proj"
+    k: str = "k_proj"
+    v: str = "v_proj"
+    o: str = "o_proj"
+    packing: Packing = "separate"
+    position: Literal["half", "interleaved", "none"] = "half"
+    reorder: bool = True
+    gather: bool = False
+    dispatch: bool = True
+    key_norm: KeyNorm = ""
+    norm: str = "k_norm"
+    folder: str = ""
+    names: Mapping[str, str] = field(default_factory=dict)
+    classes: Mapping[str, type] = field(default_factory=dict)
+
+    @property
+    def merged_type(self) -> str:
+        """Model type of the merged model."""
+        return f"dha_{self.model_type}"
+
+    @property
+    def ships(self) -> bool:
+        """Whether merged checkpoints load as remote code: families registered by a user are in no shipped table."""
+        return not self.classes
+
+    def base_class(self, ending: str) -> Any:
+        """The family's class with this ending ("Config", "ForCausalLM", ...); None if it has none."""
+        if self.classes:
+            return self.classes.get(ending)
+        folder = self.folder or self.model_type
+        kind = "configuration" if ending == "Config" else "modeling"
+        module = importlib.import_module(f"transformers.models.{folder}.{kind}_{folder}")
+        return getattr(module, self.names.get(ending, f"{self.prefix}{ending}"), None)
+
+    def tasks(self) -> dict[str, str]:
+        """The entries of `TASKS` for which the family has a class."""
+        return {auto: ending for auto, ending in TASKS.items() if self.base_class(ending) is not None}
+
+    def attentions(self, trunk: Any) -> list[Any]:
+        """Attention modules of a trunk (`model.base_model`), in layer order."""
+        return [get_path(layer, self.attention) for layer in get_path(trunk, self.layers)]
+
+    def has_norm(self, attention: Any, kind: KeyNorm) -> bool:
+        """Whether this attention module normalises its keys in this way."""
+        return self.key_norm == kind and hasattr(attention, self.norm)
+
+    def has_turn(self, attention: Any) -> bool:
+        """Whether the read-out of shared keys stays a step of its own, because a norm lies between it and the queries."""
+        return self.has_norm(attention, "head_rms") or self.has_norm(attention, "all_rms")
+
+
+def head_size(attention: Any, config: Any) -> int:
+    """Size of one head of an attention module."""
+    size = getattr(attention, "head_dim", None) or getattr(attention, "head_size", None)
+    return int(size or config.hidden_size // config.num_attention_heads)
+
+
+def kv_heads(family: Family, attention: Any, config: Any) -> int:
+    """KV heads of a base attention module, counted in its weights."""
+    weight, dim = getattr(attention, family.k).weight, head_size(attention, config)
+    # transformers' Conv1D keeps `[inputs, outputs]`.
+    rows = getattr(attention, family.k).nf if hasattr(getattr(attention, family.k), "nf") else weight.shape[0]
+    heads = int(rows) // dim
+    return heads if family.packing == "separate" else (heads - config.num_attention_heads) // 2
+
+
+def rotary_size(family: Family, attention: Any, config: Any) -> int:
+    """How many dimensions of a head carry rotary positions; 0 if positions do not touch the keys of this layer."""
+    if family.position == "none" or getattr(config, "alibi", False) or not getattr(attention, "use_rope", True):
+        return 0
+    size = getattr(attention, "rotary_ndims", None) or getattr(attention, "rotary_dim", None)
+    if size is None:
+        rope = getattr(config, "rope_parameters", None) or {}
+        factor = rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None))
+        size = int(head_size(attention, config) * (1.0 if factor is None else factor))
+    return int(size)
+
+
+def rotary_pairs(family: Family, size: int) -> list[tuple[int, int]]:
+    """Dimensions that rotate together, for `size` rotary dimensions."""
+    if family.position == "interleaved":
+        return [(2 * f, 2 * f + 1) for f in range(size // 2)]
+    return [(f, f + size // 2) for f in range(size // 2)]
+
+
+def get_path(root: Any, path: str) -> Any:
+    """`root.a.b` for the path "a.b"."""
+    for name in path.split("."):
+        root = getattr(root, name)
+    return root

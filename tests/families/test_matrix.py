@@ -1,0 +1,62 @@
+"""Every family through the whole road: adapter, tied groups, collapse, generation, cache, save and reload."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from dha_peft import DHAConfig, get_dha_model
+from dha_peft.models import FAMILIES
+
+from .cases import CASES, Case, make_base, make_batches, prompts
+
+CLOSE = {"atol": 1e-4, "rtol": 1e-4}
+GREEDY = {"max_new_tokens": 6, "do_sample": False}
+RUNS = [pytest.param(case, attn, id=f"{case}-{attn}") for case in CASES for attn in case.attn]
+
+
+def test_every_family_has_a_row():
+    assert {case.family for case in CASES} == set(FAMILIES)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case, attn", RUNS)
+def test_family(case: Case, attn: str, tmp_path):
+    base, inputs = make_base(case, attn), prompts()
+    wanted, tokens = base(**inputs).logits, base.generate(**inputs, **GREEDY)
+    adapted = get_dha_model(base, DHAConfig(head_budget=0.5), make_batches())
+    torch.testing.assert_close(adapted(**inputs).logits, wanted, **CLOSE)
+    assert torch.equal(adapted.generate(**inputs, **GREEDY), tokens)
+
+    adapted.base_model.tie_groups()
+    tied, tokens = adapted(**inputs).logits, adapted.generate(**inputs, **GREEDY)
+    assert (tied - wanted).abs().max() > 1e-2  # random heads differ: the collapse is no empty step
+    plan = adapted.base_model.plan()
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(merged(**inputs).logits, tied, **CLOSE)
+    assert torch.equal(merged.generate(**inputs, **GREEDY), tokens)
+    assert plan.heads_after == round(plan.heads_before / 2)
+    assert merged.config._attn_implementation == attn
+
+    cache = DynamicCache(config=merged.config)
+    merged(inputs["input_ids"], past_key_values=cache)
+    counts = [(layer.keys.shape[1], layer.values.shape[1]) for layer in cache.layers]
+    assert counts == [(layer.num_key_heads, layer.num_value_heads) for layer in plan.layers]
+    assert sum(p.numel() for p in merged.parameters()) < sum(p.numel() for p in make_base(case, attn).parameters())
+
+    merged.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=attn)
+    assert type(loaded) is type(merged)
+    torch.testing.assert_close(loaded(**inputs).logits, merged(**inputs).logits, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_unload_gives_the_base_back(case: Case):
+    base = make_base(case)
+    before, wanted = {name: tensor.clone() for name, tensor in base.state_dict().items()}, base(**prompts()).logits
+    plain = get_dha_model(base, DHAConfig(head_budget=0.5, init_weights=False), make_batches(1)).unload()
+    assert plain is base and plain.state_dict().keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in plain.state_dict().items())
+    assert torch.equal(plain(**prompts()).logits, wanted)
