@@ -5,6 +5,7 @@ from __future__ import annotations
 from . import adapter, models
 from .adapter import DHAConfig, DHAModel
 from .conversion import convert, get_dha_model
+from .models import Family, register_family
 from .plan import DHAPlan, LayerPlan
 from .search import Analysis, analyse
 from .training import DHACallback, DHATrainer, FusionSchedule, ScheduleOptions
@@ -21,10 +22,12 @@ __all__ = [
     "DHAModel",
     "DHAPlan",
     "DHATrainer",
+    "Family",
     "FusionSchedule",
     "LayerPlan",
     "ScheduleOptions",
     "analyse",
     "convert",
     "get_dha_model",
+    "register_family",
 ]

@@ -185,7 +185,13 @@ def find_attention(model: nn.Module) -> list[AttentionSite]:
             f"`{type(model).__name__}` has no `config.model_type`, so its attention cannot be found; pass a transformers model."
         )
     family = family_of(config.model_type)
-    modules = family.attentions(model.base_model)
+    try:
+        modules = family.attentions(model.base_model)
+    except AttributeError as error:
+        raise ValueError(
+            f"family `{family.model_type}` has its attention at `{family.layers}.*.{family.attention}` of the trunk, but "
+            f"{error}; correct `layers` and `attention` of its row, or pass the model without a wrapper."
+        ) from error
     names = {module: name for name, module in model.named_modules()}
     return [_site(index, names[module], module, family, config) for index, module in enumerate(modules)]
 

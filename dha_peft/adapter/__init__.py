@@ -5,7 +5,7 @@ from __future__ import annotations
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
-from ..models import MERGED_TO_BASE
+from ..models import FAMILIES, MERGED_TO_BASE
 from .config import DHAConfig, DHAPeftType
 from .layer import DHALayer
 from .model import DHAModel
@@ -21,7 +21,14 @@ def register() -> None:
     for merged, base in MERGED_TO_BASE.items():
         targets = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(base)
         if targets is not None:
-            TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault(merged, targets)
+            TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault(merged, _merged_targets(base, targets))
+
+
+def _merged_targets(base: str, targets: list[str]) -> list[str]:
+    """LoRA's targets in the merged model, where the stored heads of some families are one module further in."""
+    family = FAMILIES[base]
+    inner = {family.k, family.v} if family.gather else set()
+    return [f"{name}.heads" if name in inner else name for name in targets]
 
 
 __all__ = ["DHAConfig", "DHALayer", "DHAModel", "DHAPeftType", "register"]

@@ -69,6 +69,8 @@ class DHAModel(BaseTuner):
             analysis = analyse(model, None, config.grouping)
             config.plan = analysis.plan(config.search_options()).to_dict()
         unpack(self._sites)
+        family = self._sites[0].family
+        TARGET_MODULES.setdefault(family.model_type, target_modules(family))  # a family that a user registered
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         _check_targets(self._sites)
         if config.plan is not None:

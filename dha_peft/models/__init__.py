@@ -2,27 +2,13 @@
 
 from __future__ import annotations
 
-import transformers
-
 from .build import build_merged
 from .configuration_dha import CONFIGS
 from .decode import set_attention_path, set_decode_kernel
 from .families import FAMILIES, family_of
 from .family import Family
 from .modeling_dha import MODELS
-
-MERGED_TO_BASE: dict[str, str] = {family.merged_type: name for name, family in FAMILIES.items()}
-"""Merged model type -> base model type ("dha_llama" -> "llama")."""
-
-
-def register() -> None:
-    """Make `AutoConfig`, `AutoModel`, ... know the merged types; safe to call again."""
-    for merged_type, classes in MODELS.items():
-        config = CONFIGS[merged_type]
-        transformers.AutoConfig.register(merged_type, config, exist_ok=True)
-        for auto, model in classes.items():
-            getattr(transformers, auto).register(config, model, exist_ok=True)
-
+from .register import MERGED_TO_BASE, register, register_family
 
 __all__ = [
     "CONFIGS",
@@ -33,6 +19,7 @@ __all__ = [
     "build_merged",
     "family_of",
     "register",
+    "register_family",
     "set_attention_path",
     "set_decode_kernel",
 ]

@@ -1,0 +1,107 @@
+"""Families that users add, and what unknown architectures are told."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, MambaConfig
+from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaModel
+
+from dha_peft import DHAConfig, convert, get_dha_model, register_family
+from dha_peft.models import FAMILIES
+
+from .cases import prompts
+
+
+class OddConfig(LlamaConfig):
+    model_type = "odd_llama"
+
+
+class OddModel(LlamaModel):
+    config_class = OddConfig
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.layers
+
+
+class OddForCausalLM(LlamaForCausalLM):
+    config_class = OddConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = OddModel(config)
+        self.post_init()
+
+
+ODD = {"AutoConfig": OddConfig, "AutoModel": OddModel, "AutoModelForCausalLM": OddForCausalLM}
+
+
+def odd_model() -> OddForCausalLM:
+    config = OddConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=48, num_hidden_layers=2, num_attention_heads=8,
+        initializer_range=0.3, pad_token_id=0,
+    )  # fmt: skip
+    return OddForCausalLM(config).eval()
+
+
+@pytest.fixture
+def odd_family():
+    yield register_family(ODD, layers="blocks")
+    FAMILIES.pop("odd_llama")
+
+
+@torch.no_grad()
+def test_a_registered_family_goes_the_whole_road(odd_family, tmp_path):
+    base, inputs = odd_model(), prompts()
+    wanted = base(**inputs).logits
+    adapted = get_dha_model(base, DHAConfig(head_budget=0.5), [inputs])
+    torch.testing.assert_close(adapted(**inputs).logits, wanted, atol=1e-4, rtol=1e-4)
+    adapted.base_model.tie_groups()
+    tied = adapted(**inputs).logits
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(merged(**inputs).logits, tied, atol=1e-4, rtol=1e-4)
+    merged.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded).__name__ == "DhaOddForCausalLM" and not list(tmp_path.glob("*.py"))
+    assert torch.equal(loaded(**inputs).logits, merged(**inputs).logits)
+    assert AutoConfig.from_pretrained(tmp_path).model_type == "dha_odd_llama"
+    register_family(ODD, layers="blocks")  # a notebook cell may run twice
+
+
+def test_unknown_architectures_say_what_was_looked_for():
+    with pytest.raises(ValueError, match="`odd_llama`, which is no row.*register_family"):
+        get_dha_model(odd_model(), DHAConfig())
+    mamba = AutoModelForCausalLM.from_config(MambaConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1))
+    with pytest.raises(ValueError, match="`mamba`, which is no row"):
+        convert(mamba, DHAConfig())
+    with pytest.raises(ValueError, match="no `config.model_type`"):
+        convert(nn.Linear(2, 2), DHAConfig())
+
+
+def test_what_has_nothing_to_fuse_is_refused():
+    sizes = {"vocab_size": 8, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    cross = GPT2LMHeadModel(GPT2Config(add_cross_attention=True, **sizes))
+    with pytest.raises(ValueError, match="cross-attention"):
+        convert(cross, DHAConfig())
+    single = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt_bigcode", multi_query=True, **sizes))
+    with pytest.raises(ValueError, match="one key and one value head"):
+        convert(single, DHAConfig())
+
+
+def test_wrong_rows_say_what_is_wrong():
+    with pytest.raises(ValueError, match="no `AutoModel`"):
+        register_family({"AutoConfig": OddConfig})
+    with pytest.raises(ValueError, match="subclasses of `PreTrainedModel`"):
+        register_family({**ODD, "AutoModel": nn.Linear})
+    with pytest.raises(ValueError, match="'queries'.*no fields"):
+        register_family(ODD, queries="wq")
+    with pytest.raises(ValueError, match="family of the table already"):
+        register_family({"AutoConfig": LlamaConfig, "AutoModel": LlamaModel})
+    try:
+        register_family(ODD, layers="stack")
+        with pytest.raises(ValueError, match="`stack.*.self_attn`.*has no attribute 'stack'"):
+            convert(odd_model(), DHAConfig())
+    finally:
+        FAMILIES.pop("odd_llama")
