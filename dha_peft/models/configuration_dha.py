@@ -137,4 +137,5 @@ def add_config(family: Family) -> type:
 
 
 for _family in FAMILIES.values():
-    add_config(_family)
+    if _family.available():
+        add_config(_family)

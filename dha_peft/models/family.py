@@ -88,6 +88,13 @@ class Family:
         module = importlib.import_module(f"transformers.models.{folder}.{kind}_{folder}")
         return getattr(module, self.names.get(ending, f"{self.prefix}{ending}"), None)
 
+    def available(self) -> bool:
+        """Whether the installed transformers has this family: one that is gone must not break the others."""
+        try:
+            return self.base_class("Config") is not None and self.base_class("Model") is not None
+        except ImportError:
+            return False
+
     def tasks(self) -> dict[str, str]:
         """The entries of `TASKS` for which the family has a class."""
         return {auto: ending for auto, ending in TASKS.items() if self.base_class(ending) is not None}

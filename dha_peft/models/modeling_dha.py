@@ -98,4 +98,5 @@ def add_models(family: Family) -> dict[str, type]:
 
 
 for _family in FAMILIES.values():
-    add_models(_family)
+    if _family.available():
+        add_models(_family)
