@@ -23,7 +23,11 @@ Batches = Iterable[dict[str, Any]]
 
 
 def get_dha_model(
-    model: nn.Module, config: DHAConfig, calibration_data: Batches | None = None, adapter_name: str = "default"
+    model: nn.Module,
+    config: DHAConfig,
+    calibration_data: Batches | None = None,
+    adapter_name: str = "default",
+    analysis: Analysis | None = None,
 ) -> PeftModel:
     """A `PeftModel` over `DHAModel`, ready for training: equal to `model` until the fusion starts.
 
@@ -32,6 +36,7 @@ def get_dha_model(
         config: the budget and the method. It is not changed.
         calibration_data: batches with `input_ids` `[batch, length]` and, if padded, `attention_mask`; None compares the
             weights alone.
+        analysis: reuses the search of an earlier call on the same model for another budget.
 
     Raises:
         ValueError: a budget below one head per layer, an unsupported model, unusable calibration data or weights.
@@ -42,7 +47,7 @@ def get_dha_model(
     sites = find_attention(model)
     refuse_nested_adapters(sites)
     check_budget(sites, config.search_options())
-    analysis = analyse(model, calibration_data, config.grouping)
+    analysis = analysis or analyse(model, calibration_data, config.grouping)
     plan = analysis.plan(config.search_options())
     config.plan = plan.to_dict()
     adapted = get_peft_model(model, config, adapter_name=adapter_name)

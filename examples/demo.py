@@ -42,7 +42,7 @@ def main() -> None:
     print(plan)
     losses["closed form, no training"] = evaluate_loss(convert(base, config, analysis=analysis), validation)
 
-    adapted = fuse(copy.deepcopy(base), config, batches, options)
+    adapted = fuse(copy.deepcopy(base), config, analysis, batches, options)
     losses["after fusion training"] = evaluate_loss(adapted, validation)
     merged = adapted.merge_and_unload().eval()
     losses["after the collapse"] = evaluate_loss(merged, validation)
@@ -70,14 +70,14 @@ def check_output(folder: Path) -> None:
     (folder / MARK).touch()
 
 
-def fuse(base, config: DHAConfig, batches: list, options: argparse.Namespace):
+def fuse(base, config: DHAConfig, analysis, batches: list, options: argparse.Namespace):
     """Train only the adapter, with the base as teacher, while the Lagrangian ties the groups."""
-    adapted = get_dha_model(base, config, calibration_data=batches[: len(batches) // 4])
+    adapted = get_dha_model(base, config, analysis=analysis)
     rows = [{"input_ids": row} for batch in batches for row in batch["input_ids"]]
     arguments = TrainingArguments(
         output_dir=str(options.out / "trainer"),
         max_steps=options.steps,
-        per_device_train_batch_size=8,
+        per_device_train_batch_size=4,
         learning_rate=options.lr,
         lr_scheduler_type="cosine",
         warmup_steps=5,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..fusion.heads import FrameLayout, HeadMaps
-from ..fusion.operator import FusedHeads, fuse, fusion_loss
+from ..fusion.operator import FusedHeads, fuse, fusion_loss, own_share
 from ..plan import Groups
 from ..search.analysis import Frames
 
@@ -68,10 +68,12 @@ class HeadFusion(nn.Module):
         self.omega.copy_(rows * self._together())
 
     @torch.no_grad()
-    def tie(self) -> None:
-        """Jump to the end of the fusion: every row of a group becomes the group's mean row (1 / n from the identity)."""
+    def pull(self, share: float) -> None:
+        """Move every row of a group towards the group's mean row, until `share` of its distance is left: the fusion loss, a
+        square in that distance, falls by `share ** 2`. 0 ties the groups (rows of 1 / n from the identity)."""
         together = self._together().to(self.omega.dtype)
-        self.omega.copy_((together / together.sum(1, keepdim=True)) @ (self.omega * together))
+        mean = (together / together.sum(1, keepdim=True)) @ (self.omega * together)
+        self.omega.copy_(mean + share * (self.omega * together - mean) if share else mean)
 
     def fuse(self, heads: Tensor) -> FusedHeads:
         """Heads `[H, d, E]` as the adapter makes them, and as they will be after the collapse."""
@@ -96,6 +98,12 @@ class HeadFusion(nn.Module):
             for pair, full in zip(pairs, fulls, strict=True)
         )
         return into, out.restricted(self.layout.to(self.omega.device))
+
+    def own_share(self) -> Tensor:
+        """How much every head still is its own, `[H]`: 1 at the start, 0 once its group is tied."""
+        together = self._together().to(self.omega.dtype)
+        alone = together.sum(1) == 1
+        return torch.where(alone, torch.ones_like(self.omega[0]), own_share(self.omega * together, together))
 
     def _together(self) -> Tensor:
         return self.owner[:, None] == self.owner[None, :]

@@ -107,7 +107,7 @@ class DHAModel(BaseTuner):
     def tie_groups(self, adapter_name: str = "default") -> None:
         """Tie every group at once: from the identity this is the closed form, without any training."""
         for layer in self._layers():
-            layer.dha_fusion[adapter_name].tie()
+            layer.dha_fusion[adapter_name].pull(0)
 
     @torch.no_grad()
     def fusion_loss(self, adapter_name: str | None = None) -> float:
@@ -140,7 +140,10 @@ class DHAModel(BaseTuner):
         for site in self._sites:
             for kind in KINDS:
                 if site.projection(kind) is target:
-                    return DHALayer(target, kind, site.num_heads, site.layout(kind), key, site.gains(kind))
+                    layer = DHALayer(target, kind, site.num_heads, site.layout(kind), key, site.gains(kind))
+                    if kind == "key" and site.family.has_norm(site.module, "head_rms"):
+                        layer.watch_norm(getattr(site.module, site.family.norm), site.family.norm_axis)
+                    return layer
         raise ValueError(
             f"`target_modules` names `{key}`, which is not a key or value projection of a supported attention block; "
             "leave `target_modules` empty to find them from the model's family."
@@ -170,8 +173,13 @@ class DHAModel(BaseTuner):
         return collapse_model(model, sites, plan, shared)
 
     def _plain(self, model: nn.Module) -> nn.Module:
-        """Fused projections in one piece again."""
+        """Fused projections in one piece again, norms without hooks."""
         pack(self._sites)
+        for site in self._sites:
+            hooks = getattr(getattr(site.module, site.family.norm, None), "_forward_hooks", {})
+            for key, hook in list(hooks.items()):
+                if isinstance(getattr(hook, "__self__", None), DHALayer):
+                    del hooks[key]
         return model
 
     def _adapter_to_merge(self, adapter_names: list[str] | None) -> str | None:

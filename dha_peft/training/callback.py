@@ -16,6 +16,8 @@ class DHACallback(TrainerCallback):
         search_steps: optimizer steps of the learned search; None takes a fifth of the run with `grouping="learned"`, else none.
         ramp: share of the remaining steps over which the fusion target falls to 0; the rest holds it there.
         lambda1_rate, lambda2_rate: ascent of the multipliers per step.
+        project: hold the fusion loss to the target after every step (ours), so that groups end tied; False leaves it to the
+            multipliers, as in the paper.
 
     Multipliers and position are saved with the adapter, so a resumed run goes on where it stopped. Each step's figures are in
     `trainer.state.log_history` under `dha/...`.
@@ -27,10 +29,11 @@ class DHACallback(TrainerCallback):
         ramp: float = 0.7,
         lambda1_rate: float = 1.0,
         lambda2_rate: float = 100.0,
+        project: bool = True,
     ) -> None:
         if not 0 < ramp <= 1:
             raise ValueError(f"`ramp` is {ramp}, but it is a share of the training steps; choose a number in (0, 1].")
-        self.search_steps, self.ramp = search_steps, ramp
+        self.search_steps, self.ramp, self.project = search_steps, ramp, project
         self.rates = {"lambda1_rate": lambda1_rate, "lambda2_rate": lambda2_rate}
         self.schedule: FusionSchedule | None = None
         self.last: ScheduleState | None = None
@@ -50,6 +53,12 @@ class DHACallback(TrainerCallback):
     ) -> None:
         self.last = self.schedule.step()
         state.log_history.append({"step": state.global_step + 1, **self.last.logs()})
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self.project:
+            self.schedule.project()
 
     def on_log(
         self,

@@ -3,6 +3,7 @@
     objective   L_LM + lambda1 (F - t) + lambda2 (F - t)^2
     target      t falls linearly from F_0 to 0 over the ramp, then stays 0
     multipliers start at 0 and ascend on their own gradient, once per optimizer step
+    projection  after the optimizer's step, F > t is brought down to t exactly (ours, optional)
 
 Everything that a resumed run needs is in `HeadFusion.schedule` on the layers and is saved with the adapter.
 """
@@ -57,9 +58,9 @@ class FusionSchedule:
     """Drives the active DHA adapter of `model`. Usable from any training loop:
 
         schedule = FusionSchedule(model, ScheduleOptions(ramp_steps=300))
-        loss.backward(); schedule.step(); optimizer.step()
+        loss.backward(); schedule.step(); optimizer.step(); schedule.project()
 
-    `step` adds the penalty's gradient to the adapter's, so it counts once per optimizer step whatever the accumulation and the
+    `project` is optional (ours): with it the groups are tied, and the collapse exact, from the end of the ramp on. `step` adds the penalty's gradient to the adapter's, so it counts once per optimizer step whatever the accumulation and the
     number of processes.
 
     Raises:
@@ -92,6 +93,19 @@ class FusionSchedule:
         memory["step"] += 1
         self._write(memory)
         return self._state(memory, value, target)
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Bring a fusion loss above the next step's target down to it, by pulling the rows of every group together (ours).
+
+        Multipliers alone end wherever the language loss pushes back as hard; the collapse then costs what is left."""
+        memory = self._read()
+        if self._searching(memory):
+            return
+        loss, target = float(self.fusion_loss()), self._target(memory)
+        if loss > target:
+            for layer in self.layers:
+                layer.active_fusion().pull((target / loss) ** 0.5)
 
     def fusion_loss(self) -> Tensor:
         """Mean fusion loss over layers and kinds, with gradient."""

@@ -213,3 +213,17 @@ def test_a_model_without_the_adapter_is_refused(tmp_path):
         make_trainer(tmp_path, make_base(), 2).train()
     with pytest.raises(ValueError, match="`ramp` is 0"):
         DHACallback(ramp=0)
+
+
+@pytest.mark.parametrize("fusion", ["aligned", "linear"])
+def test_projection_holds_the_target_and_ends_tied(tmp_path, fusion):
+    model = make_model(fusion=fusion)
+    trainer = make_trainer(tmp_path, model, 12, schedule=DHACallback(ramp=0.5), learning_rate=1e-2)
+    trainer.train()
+    logs = schedule_logs(trainer)
+    assert all(log["dha/fusion_loss"] <= log["dha/target"] * 1.001 + 1e-9 for log in logs)
+    assert logs[3]["dha/fusion_loss"] > 0.1 * logs[0]["dha/fusion_loss"]
+    assert float(model.base_model.fusion_loss()) < 1e-9 and logs[-1]["dha/realised_heads"] == 24
+    ids = make_ids()
+    before = model.eval()(input_ids=ids).logits
+    torch.testing.assert_close(model.merge_and_unload()(input_ids=ids).logits, before, atol=1e-4, rtol=1e-4)
