@@ -82,11 +82,9 @@ class AttentionSite:
             return FrameLayout.full(self.head_dim)
         pairs = torch.tensor(rotary_pairs(self.family, self.rotary_dim), dtype=torch.long).reshape(-1, 2)
         layout = FrameLayout(pairs, torch.arange(self.rotary_dim, self.head_dim))
-        if self.family.has_norm(self.module, "head_layer"):
-            return FrameLayout(layout.pairs, layout.rest, torch.zeros(len(pairs), dtype=torch.bool))
-        if self.family.has_norm(self.module, "head_rms"):
-            gains = getattr(self.module, self.family.norm).weight.detach().cpu()
-            return FrameLayout(layout.pairs, layout.rest, gains[pairs[:, 0]] == gains[pairs[:, 1]])
+        if self.family.has_norm(self.module, "head_layer") or self.family.has_norm(self.module, "head_rms"):
+            turns = torch.full((len(pairs),), self.family.key_norm == "head_rms")
+            return FrameLayout(layout.pairs, layout.rest, turns)
         return layout
 
     @property
@@ -94,12 +92,14 @@ class AttentionSite:
         return any(getattr(self.projection(kind), "bias", None) is not None for kind in ("query", "key", "value"))
 
     def gains(self, kind: str) -> Tensor | None:
-        """Gains `[heads, d]` of a norm over all heads, or None. They belong to the heads: the norm's divisor is the same
-        for all."""
-        if kind == "value" or not self.family.has_norm(self.module, "all_rms"):
+        """Gains `[heads, d]` of an RMSNorm behind the projection, or None. Heads are compared and turned with their gains."""
+        if kind == "value" or not self.family.has_turn(self.module):
             return None
         norm = getattr(self.module, self.family.norm.replace("k_", f"{kind[0]}_", 1))
-        gains = norm.weight.detach().float().reshape(-1, self.head_dim)
+        size = self.head_dim if self.family.key_norm == "head_rms" else norm.weight.numel()
+        # All ones have a root mean square of 1, so the norm gives back its gains.
+        gains = norm.forward(torch.ones(1, 1, 1, size, device=norm.weight.device)).detach().float()
+        gains = gains.reshape(-1, self.head_dim).expand(self.num_query_heads if kind == "query" else self.num_heads, -1)
         floor = gains.abs().max() * 1e-6
         return torch.where(gains.abs() < floor, floor, gains)
 
@@ -133,7 +133,10 @@ class AttentionSite:
             query = self._heads("query", query.dtype)  # with the gains; the turn comes after the norm
             query = query if self.gains("query") is None else query / self.gains("query")[..., None]
             flat |= key_norm_weights(self, keys)
-        for name, kind, heads in (("q", "query", query), ("k", "key", weights.key), ("v", "value", weights.value)):
+        key = weights.key
+        if self.family.has_norm(self.module, "head_rms"):
+            key = key / self.gains("key")[0, :, None]  # the merged model keeps this norm
+        for name, kind, heads in (("q", "query", query), ("k", "key", key), ("v", "value", weights.value)):
             rows = heads.flatten(0, 1)
             flat[name] = rows[:, :-1] if self.has_bias else rows
             if getattr(self.projection(kind), "bias", None) is not None:
@@ -149,8 +152,8 @@ def key_norm_weights(site: AttentionSite, keys: SharedHeads) -> dict[str, Tensor
     out = keys.out or HeadMaps.identity(site.num_heads, keys.layout, device=keys.shared.device)
     readers = torch.arange(site.num_query_heads) * site.num_heads // site.num_query_heads
     flat = {"turn": out.transpose().select(readers.to(out.pair.device)).pair}
-    gains = site.gains("key")
-    if gains is not None:
+    if site.family.has_norm(site.module, "all_rms"):
+        gains = site.gains("key")
         flat["root"] = _norm_roots(out.pair, gains[:, keys.layout.pairs], keys.groups)
     return flat
 

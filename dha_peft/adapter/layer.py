@@ -17,8 +17,8 @@ from .fusion_state import HeadFusion
 class DHALayer(nn.Module, BaseTunerLayer):
     """Wraps the key or the value projection of an attention block.
 
-    `key` is its path in the model, for messages. `gains` `[H, d]` multiply the heads after the projection (one norm over all
-    heads); heads are then fused with them. The base weight stays frozen; the forward uses the fused weight `[H d, D]`, which keeps the base's shape until the collapse.
+    `key` is its path in the model, for messages. `gains` `[H, d]` of a norm after the projection multiply the heads, which are
+    then fused with them. The base weight stays frozen; the forward uses the fused weight `[H d, D]`, which keeps the base's shape until the collapse.
     """
 
     adapter_layer_names: tuple[str, ...] = ("dha_fusion",)
@@ -64,6 +64,35 @@ class DHALayer(nn.Module, BaseTunerLayer):
         """The active adapter's state, if there is one."""
         names = [name for name in self.active_adapters if name in self.dha_fusion]
         return self.dha_fusion[names[0]] if names else None
+
+    def watch_norm(self, norm: nn.Module, axis: int) -> None:
+        """Keys are normalised head by head, by `norm`, with heads on `axis` of its input: see `_renormalise`."""
+        self._norm_axis = axis
+        norm.register_forward_hook(self._renormalise)
+
+    def _renormalise(self, norm: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        """Let heads of one group be divided by one norm, as they are fused: by that of the head turned back into its group's
+        frame, in the measure in which it no longer is its own. Then the collapse, which has one norm per group, is exact."""
+        names = self.merged_adapters or [n for n in self.active_adapters if n in self.dha_fusion]
+        if not names or (self.disable_adapters and not self.merged):
+            return None
+        with torch.autocast(output.device.type, enabled=False):
+            ratio = self._norm_ratio(self.dha_fusion[names[0]], args[0].float().movedim(self._norm_axis, 0), norm)
+            return (output.float() * ratio.movedim(0, self._norm_axis)).to(output.dtype)
+
+    def _norm_ratio(self, fusion: HeadFusion, keys: Tensor, norm: nn.Module) -> Tensor:
+        """`keys` `[H, ..., d]` as the projection gives them -> `[H, ..., 1]`."""
+        gains = self._gains.to(keys.device)[:, :, None]
+        heads = keys.flatten(1, -2).transpose(1, 2)
+        shared = fusion.maps()[1] if fusion.aligned else None
+        turned = (
+            heads if shared is None else shared.transpose().apply(heads * gains, self.layout.to(keys.device)) / gains
+        )
+        share = fusion.own_share()[:, None]
+        eps = getattr(norm, "variance_epsilon", None) or norm.eps
+        own, common = heads.square().mean(1), turned.square().mean(1)
+        ratio = ((own + eps) / (share * own + (1 - share) * common + eps).clamp_min(eps)).sqrt()
+        return ratio.reshape(*keys.shape[:-1], 1)
 
     def base_heads(self) -> Tensor:
         """The base's heads `[H, d, E]` in float32; a bias is the last input column."""

@@ -88,7 +88,7 @@ def align_group(gram: Tensor, metric: Tensor, layout: FrameLayout, members: list
     gram, metric = gram[members][:, members], metric[members]
     pair_in, pair_out = _align_pairs(weighted.pair, pair_gram(gram, layout), pair_weights(metric, layout))
     if layout.phases is not None:
-        return _rigid_frame(pair_out, pair_gram(gram, layout), layout)
+        return _rigid_frame(pair_out, pair_gram(gram, layout), layout, rest_gram(gram, layout))
     full_in, full_out = _align_full(weighted, rest_gram(gram, layout), metric[:, layout.rest[:, None], layout.rest])
     return GroupFrame(HeadMaps(pair_in, full_in), HeadMaps(pair_out, full_out))
 
@@ -109,18 +109,22 @@ def _align_pairs(weighted: Tensor, gram: Tensor, weights: Tensor) -> tuple[Tenso
     return tuple(torch.view_as_real(maps.T.resolve_conj()).contiguous() for maps in (into, out))
 
 
-def _rigid_frame(pair_out: Tensor, gram: Tensor, layout: FrameLayout) -> GroupFrame:
-    """Heads turned by the phases of the free solution `[n, P, 2]`, then averaged; turned pairs keep their mean energy."""
+def _rigid_frame(pair_out: Tensor, gram: Tensor, layout: FrameLayout, rest: Tensor) -> GroupFrame:
+    """Heads scaled to equal energy (the norm takes no notice), turned by the phases of the free solution `[n, P, 2]`, averaged;
+    turned pairs keep their mean energy. `rest` `[n, n, R, R]` is the Gram of the rows without pairs."""
     count = len(pair_out)
     identity = HeadMaps.identity(count, layout, dtype=pair_out.dtype, device=pair_out.device)
     out = HeadMaps(pair_out, identity.full).restricted(layout)
-    factors = torch.view_as_complex(out.transpose().pair.contiguous()).T / count
-    energy = torch.einsum("pi,pij,pj->p", factors, gram, factors.conj()).real
-    wanted = gram.diagonal(dim1=1, dim2=2).real.mean(1)
-    gain = (wanted / energy.clamp_min(torch.finfo(wanted.dtype).tiny)).sqrt()
+    own = gram.diagonal(dim1=1, dim2=2).real
+    energy = own.sum(0) + rest.diagonal(dim1=0, dim2=1).diagonal(dim1=0, dim2=1).sum(-1)
+    tiny = torch.finfo(energy.dtype).tiny
+    weight = (energy.mean() / energy.clamp_min(tiny)).sqrt()
+    factors = torch.view_as_complex(out.transpose().pair.contiguous()).T * weight / count
+    shared = torch.einsum("pi,pij,pj->p", factors, gram, factors.conj()).real
+    gain = ((own * weight**2).mean(1) / shared.clamp_min(tiny)).sqrt()
     gain = torch.where(layout.phases, gain, torch.ones_like(gain))
     into = torch.view_as_real((factors * gain[:, None]).T).contiguous()
-    return GroupFrame(HeadMaps(into, identity.full / count), out)
+    return GroupFrame(HeadMaps(into, identity.full * weight[:, None, None] / count), out)
 
 
 def _align_full(weighted: WeightedGram, gram: Tensor, metric: Tensor) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ ROWS: tuple[Family, ...] = (
     Family("qwen3_moe", "Qwen3Moe", key_norm="head_rms"),
     Family("gemma", "Gemma"),
     Family("gemma2", "Gemma2"),
-    Family("gemma3_text", "Gemma3", key_norm="head_rms", folder="gemma3", names=_GEMMA3),
+    Family("gemma3_text", "Gemma3", key_norm="head_rms", norm_axis=1, folder="gemma3", names=_GEMMA3),
     Family("olmo", "Olmo"),
     Family("olmo2", "Olmo2", key_norm="all_rms", reorder=False),
     Family("olmo3", "Olmo3", key_norm="all_rms", reorder=False),

@@ -45,6 +45,7 @@ class Family:
         key_norm: "" (none), "head_rms" / "head_layer" (RMSNorm / LayerNorm of each key head) or "all_rms" (one RMSNorm
             over all key heads). The norm may be absent by config; then nothing is done about it.
         norm: name of the key norm inside the attention module.
+        norm_axis: axis of the heads in what a norm of each head gets.
         folder: folder under `transformers.models`, if it is not the model type.
         names: class names that are not prefix + ending.
         classes: classes themselves by ending ("Config", "Model", "ForCausalLM"), for models outside of transformers.
@@ -65,6 +66,7 @@ class Family:
     dispatch: bool = True
     key_norm: KeyNorm = ""
     norm: str = "k_norm"
+    norm_axis: int = 2
     folder: str = ""
     names: Mapping[str, str] = field(default_factory=dict)
     classes: Mapping[str, type] = field(default_factory=dict)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from dha_peft import DHAConfig, get_dha_model
+from dha_peft.adapter.fusion_state import HeadFusion
 from dha_peft.models import FAMILIES
 
 from .cases import CASES, Case, make_base, make_batches, prompts
@@ -53,6 +57,30 @@ def test_family(case: Case, attn: str, tmp_path):
 
 @torch.no_grad()
 @pytest.mark.parametrize("case", CASES, ids=str)
+def test_half_fused_weights_merge_in_place_and_back(case: Case):
+    base, inputs = make_base(case), prompts()
+    wanted = base(**inputs).logits
+    adapted = get_dha_model(base, DHAConfig(head_budget=0.5), make_batches())
+    started = [fusion.omega.clone() for fusion in fusions(adapted)]
+    adapted.base_model.tie_groups()
+    for fusion, start in zip(fusions(adapted), started, strict=True):
+        fusion.omega.lerp_(start, 0.5)
+    half = copy.deepcopy(adapted)(**inputs).logits
+    assert (half - wanted).abs().max() > 1e-2
+    adapted.merge_adapter()
+    torch.testing.assert_close(adapted(**inputs).logits, half, **CLOSE)
+    adapted.unmerge_adapter()
+    with adapted.disable_adapter():
+        torch.testing.assert_close(adapted(**inputs).logits, wanted, **CLOSE)
+    torch.testing.assert_close(adapted(**inputs).logits, half, **CLOSE)
+
+
+def fusions(model: nn.Module) -> list[HeadFusion]:
+    return [module for module in model.modules() if isinstance(module, HeadFusion)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_unload_gives_the_base_back(case: Case):
     base = make_base(case)
     before, wanted = {name: tensor.clone() for name, tensor in base.state_dict().items()}, base(**prompts()).logits
@@ -60,3 +88,4 @@ def test_unload_gives_the_base_back(case: Case):
     assert plain is base and plain.state_dict().keys() == before.keys()
     assert all(torch.equal(tensor, before[name]) for name, tensor in plain.state_dict().items())
     assert torch.equal(plain(**prompts()).logits, wanted)
+    assert not any(module._forward_hooks for module in plain.modules())
