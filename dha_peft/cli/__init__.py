@@ -1,0 +1,42 @@
+"""The `dha` command. Every command is a thin file that calls the rooms of the package."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+import typer
+from transformers.utils import logging as transformers_logging
+
+from . import console
+from .convert import convert
+from .env import env
+from .plan import plan
+
+app = typer.Typer(
+    name="dha",
+    help="Turn a pretrained multi-head-attention model into one that keeps fewer key heads and value heads.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for command in (plan, convert, env):
+    app.command()(command)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; a bad input is one line on stderr and exit status 1."""
+    warnings.showwarning = _show_warning
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    try:
+        app(args=arguments)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        console.error(" ".join(str(error).split()))
+        sys.exit(1)
+
+
+def _show_warning(message, category, *_args, **_kwargs) -> None:
+    """One line each, and only what users can act on."""
+    if issubclass(category, UserWarning) and not issubclass(category, (DeprecationWarning, FutureWarning)):
+        typer.secho(f"warning: {message}", fg=typer.colors.YELLOW, err=True)
