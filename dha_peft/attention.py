@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .fusion.collapse import SharedHeads
 from .fusion.heads import AttentionWeights, FrameLayout, HeadMaps
 from .models import Family, family_of
-from .models.family import head_size, kv_heads, rotary_pairs, rotary_size
+from .models.family import get_path, head_size, kv_heads, rotary_pairs, rotary_size
 from .models.packing import packed_rows
 from .plan import Groups
 
@@ -44,13 +44,13 @@ class AttentionSite:
 
     def outer(self, kind: str) -> nn.Module:
         """The projection with whatever adapters are around it."""
-        module = getattr(self.module, getattr(self.family, kind[0]))
+        module = get_path(self.module, getattr(self.family, kind[0]))
         return getattr(module, f"{kind[0]}_heads", module)
 
     def projection_name(self, kind: str) -> str:
         """Path of the projection inside the attention module."""
         name = getattr(self.family, kind[0])
-        return f"{name}.{kind[0]}_heads" if hasattr(getattr(self.module, name), f"{kind[0]}_heads") else name
+        return f"{name}.{kind[0]}_heads" if hasattr(get_path(self.module, name), f"{kind[0]}_heads") else name
 
     def rows(self, kind: str) -> Tensor | None:
         """Rows of a fused projection that belong to "query", "key" or "value"; None where it is a projection of its own."""
@@ -201,7 +201,7 @@ def find_attention(model: nn.Module) -> list[AttentionSite]:
 
 def _site(index: int, name: str, module: nn.Module, family: Family, config: Any) -> AttentionSite:
     for projection in (family.q, family.k, family.v, family.o):
-        if not isinstance(getattr(module, projection, None), nn.Module):
+        if not isinstance(get_path(module, projection, None), nn.Module):
             raise ValueError(
                 f"`{name}` has no `{projection}`, so it has no query, key, value and output heads to fuse "
                 "(multi-head latent attention has none); choose a model with multi-head or grouped-query attention."

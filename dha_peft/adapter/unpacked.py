@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import AttentionSite
+from ..models.family import get_path, set_path
 
 PARTS = {"query": "q_heads", "key": "k_heads", "value": "v_heads"}
 
@@ -55,12 +56,12 @@ def unpack(sites: list[AttentionSite]) -> None:
             continue
         parts = {kind: site.part(kind) for kind in PARTS}
         rows = {kind: site.rows(kind) for kind in PARTS}
-        setattr(site.module, site.family.k, UnpackedLinear(module, parts, rows))
+        set_path(site.module, site.family.k, UnpackedLinear(module, parts, rows))
 
 
 def pack(sites: list[AttentionSite]) -> None:
     """Undo `unpack`; the parts must be free of adapters."""
     for site in sites:
-        module = getattr(site.module, site.family.k)
+        module = get_path(site.module, site.family.k)
         if isinstance(module, UnpackedLinear):
-            setattr(site.module, site.family.k, module.pack())
+            set_path(site.module, site.family.k, module.pack())

@@ -17,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache_view import CacheView, GatherView, update_paged
 from .decode import decode_attention, takes_grouped_path
-from .family import Family, head_size, rotary_pairs, rotary_size
+from .family import Family, get_path, head_size, rotary_pairs, rotary_size, set_path
 from .maps import HeadMaps
 from .norms import QueryTurn, SharedNorm
 from .packing import HeadLinear, head_order
@@ -147,7 +147,7 @@ def convert_attention(attention: nn.Module, family: Family, config: Any, layer_i
     attention.head_dim = head_size(attention, config)
     _replace_norms(attention, family, config, maps)
     for name, module in _projections(attention, family, maps).items():
-        setattr(attention, name, module)
+        set_path(attention, name, module)
     heads = config.num_attention_heads
     for name in ("num_key_value_heads", "num_kv_heads", "kv_heads"):
         if family.gather and hasattr(attention, name):
@@ -164,15 +164,15 @@ def _projections(attention: nn.Module, family: Family, maps: HeadMaps) -> dict[s
     """The projections that change, by name."""
     if family.packing != "separate":
         places = _places(head_order(family.packing, len(maps.keys), len(maps.keys)), maps)
-        return {family.k: _head_linear(getattr(attention, family.k), places, attention.head_dim)}
+        return {family.k: _head_linear(get_path(attention, family.k), places, attention.head_dim)}
     wanted = {family.k: maps.keys, family.v: maps.values}
     if family.gather:
         return {
-            name: _head_linear(getattr(attention, name), heads, attention.head_dim) for name, heads in wanted.items()
+            name: _head_linear(get_path(attention, name), heads, attention.head_dim) for name, heads in wanted.items()
         }
     new = {}
     for name, heads in wanted.items():
-        old, rows = getattr(attention, name), (max(heads) + 1) * attention.head_dim
+        old, rows = get_path(attention, name), (max(heads) + 1) * attention.head_dim
         kwargs = {"device": old.weight.device, "dtype": old.weight.dtype}
         new[name] = nn.Linear(old.in_features, rows, bias=old.bias is not None, **kwargs)
     return new

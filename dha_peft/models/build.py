@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ..plan import DHAPlan, Groups
 from .configuration_dha import CONFIGS
 from .families import family_of
-from .family import Family, head_size, kv_heads
+from .family import Family, get_path, head_size, kv_heads
 from .maps import HeadMaps, neighbour_order
 from .modeling_dha import MODELS
 from .packing import HeadLinear
@@ -111,10 +111,10 @@ def _merged_class(base: PreTrainedModel, family: Family) -> type:
 def _skipped(targets: list[nn.Module], family: Family) -> set[int]:
     """Modules whose tensors come from the collapse."""
     names = {family.q, family.k, family.v, family.o, "dha_turn"}
-    modules = [getattr(target, name) for target in targets for name in names if hasattr(target, name)]
+    modules = [get_path(target, name, None) for target in targets for name in names]
     if family.key_norm in ("all_rms", "head_layer"):
         modules += [getattr(target, family.norm) for target in targets if hasattr(target, family.norm)]
-    return {id(part) for module in modules for part in module.modules()}
+    return {id(part) for module in modules if module is not None for part in module.modules()}
 
 
 def _take_tensors(merged: PreTrainedModel, base: PreTrainedModel, share: bool, skipped: set[int]) -> None:
@@ -154,17 +154,17 @@ def _permuted(weights: LayerWeights, order: list[int], head_dim: int) -> dict[st
 def _fill_attention(
     target: nn.Module, source: nn.Module, family: Family, weights: LayerWeights, key_groups: Groups, layer: int
 ) -> None:
-    bias = {name: getattr(getattr(source, getattr(family, name)), "bias", None) is not None for name in "qkvo"}
+    bias = {name: getattr(get_path(source, getattr(family, name)), "bias", None) is not None for name in "qkvo"}
     for name, has in bias.items():
         if f"{name}_bias" in weights and not has:
             raise ValueError(f"layer {layer} has a `{name}_bias`, but this family's {name} projection has no bias.")
-    like = getattr(source, family.o).weight
+    like = get_path(source, family.o).weight
     if family.packing == "separate":
         for name in "qkv":
-            _fill(getattr(target, getattr(family, name)), weights, (name,), layer, like)
+            _fill(get_path(target, getattr(family, name)), weights, (name,), layer, like)
     else:
-        _fill(getattr(target, family.k), weights, ("q", "k", "v"), layer, like)
-    _fill(getattr(target, family.o), weights, ("o",), layer, like)
+        _fill(get_path(target, family.k), weights, ("q", "k", "v"), layer, like)
+    _fill(get_path(target, family.o), weights, ("o",), layer, like)
     if family.has_turn(source):
         _fill_turn(target, family, weights, like, layer)
     if family.has_norm(source, "head_layer"):

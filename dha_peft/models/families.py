@@ -56,6 +56,11 @@ ROWS: tuple[Family, ...] = (
         "mpt", "Mpt", layers="blocks", attention="attn", packing="blocks", position="none",
         q="Wqkv", k="Wqkv", v="Wqkv", o="out_proj", **_OWN,
     ),
+    # Encoders: no cache; the merged model has fewer weights.
+    Family(
+        "bert", "Bert", layers="encoder.layer", attention="attention", position="none",
+        q="self.query", k="self.key", v="self.value", o="output.dense", **_OWN,
+    ),
 )  # fmt: skip
 
 FAMILIES: dict[str, Family] = {row.model_type: row for row in ROWS}

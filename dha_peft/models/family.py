@@ -14,6 +14,7 @@ from typing import Any, Literal
 TASKS: dict[str, str] = {
     "AutoModel": "Model",
     "AutoModelForCausalLM": "ForCausalLM",
+    "AutoModelForMaskedLM": "ForMaskedLM",
     "AutoModelForSequenceClassification": "ForSequenceClassification",
     "AutoModelForTokenClassification": "ForTokenClassification",
     "AutoModelForQuestionAnswering": "ForQuestionAnswering",
@@ -32,7 +33,7 @@ class Family:
         prefix: start of the family's class names ("Llama" in `LlamaForCausalLM`).
         layers: attribute path from the trunk to the list of decoder layers.
         attention: attribute path from a decoder layer to its attention module.
-        q, k, v, o: names of the projections inside the attention module; equal names for a fused projection.
+        q, k, v, o: paths of the projections inside the attention module; equal ones for a fused projection.
         packing: how a fused projection lies. "separate": three projections, heads one after the other. "heads": per
             KV head its queries, its key and its value. "blocks": all queries, all keys, all values. "codegen": four
             blocks of queries, values and keys.
@@ -122,9 +123,9 @@ def head_size(attention: Any, config: Any) -> int:
 
 def kv_heads(family: Family, attention: Any, config: Any) -> int:
     """KV heads of a base attention module, counted in its weights."""
-    weight, dim = getattr(attention, family.k).weight, head_size(attention, config)
+    projection, dim = get_path(attention, family.k), head_size(attention, config)
     # transformers' Conv1D keeps `[inputs, outputs]`.
-    rows = getattr(attention, family.k).nf if hasattr(getattr(attention, family.k), "nf") else weight.shape[0]
+    rows = projection.nf if hasattr(projection, "nf") else projection.weight.shape[0]
     heads = int(rows) // dim
     return heads if family.packing == "separate" else (heads - config.num_attention_heads) // 2
 
@@ -148,8 +149,14 @@ def rotary_pairs(family: Family, size: int) -> list[tuple[int, int]]:
     return [(f, f + size // 2) for f in range(size // 2)]
 
 
-def get_path(root: Any, path: str) -> Any:
-    """`root.a.b` for the path "a.b"."""
+def get_path(root: Any, path: str, *default: Any) -> Any:
+    """`root.a.b` for the path "a.b"; like `getattr` where it ends early."""
     for name in path.split("."):
-        root = getattr(root, name)
+        root = getattr(root, name, *default)
     return root
+
+
+def set_path(root: Any, path: str, value: Any) -> None:
+    """`root.a.b = value` for the path "a.b"."""
+    parent, _, name = path.rpartition(".")
+    setattr(get_path(root, parent) if parent else root, name, value)

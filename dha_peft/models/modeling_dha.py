@@ -53,8 +53,10 @@ class DhaMixin(DhaInit):
         elif type(self.base_model) is not self.dha_trunk_class:
             # Causal models build the family's plain trunk. On the meta device, where checkpoints are loaded, that is
             # free; elsewhere it goes before the merged one is built.
+            plain = self.base_model
+            pooler = {"add_pooling_layer": plain.pooler is not None} if hasattr(plain, "pooler") else {}
             setattr(self, self.base_model_prefix, None)
-            setattr(self, self.base_model_prefix, self.dha_trunk_class(config))
+            setattr(self, self.base_model_prefix, self.dha_trunk_class(config, **pooler))
         self.post_init()
 
     def _convert_layers(self) -> None:
