@@ -9,9 +9,14 @@ import typer
 from transformers.utils import logging as transformers_logging
 
 from . import console
+from .bench import bench
 from .convert import convert
 from .env import env
+from .evaluate import evaluate
+from .export import export
 from .plan import plan
+from .push import push
+from .sweep import sweep
 
 app = typer.Typer(
     name="dha",
@@ -20,8 +25,17 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (plan, convert, env):
-    app.command()(command)
+for name, command in {
+    "plan": plan,
+    "convert": convert,
+    "eval": evaluate,
+    "bench": bench,
+    "sweep": sweep,
+    "export": export,
+    "push": push,
+    "env": env,
+}.items():
+    app.command(name)(command)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -59,7 +59,8 @@ def write_facts(folder: Path, facts: dict[str, Any], report: bool = True) -> Non
     """Write the facts, and from them the card and the report, anew."""
     write_text(folder / RESULTS, json.dumps(facts, indent=1) + "\n")
     run = folder / "run.yaml"
-    write_card(folder, facts, run.read_text(encoding="utf-8") if run.is_file() else None)
+    if "plan" in facts:  # a sweep has no model of its own
+        write_card(folder, facts, run.read_text(encoding="utf-8") if run.is_file() else None)
     if report:
         try:
             from ..report import write_report

@@ -1,0 +1,112 @@
+"""`dha eval`: base and result side by side, by lm-eval and by loss on held-out text."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from ..texts import evaluate_loss
+from . import options as o
+from .console import banner, lines, note
+from .loading import check_files, load_config, load_model, load_tokenizer, validation_tokens
+from .result import read_facts, write_facts
+from .settings import Run, load_run
+
+Tasks = Annotated[str | None, typer.Option("--tasks", help="lm-eval tasks, separated by commas.")]
+Include = Annotated[str | None, typer.Option("--include-path", help="Folder with your own lm-eval task files.")]
+Base = Annotated[str | None, typer.Option("--base", help="The base model, if it has moved.")]
+
+
+def evaluate(
+    result: o.Result,
+    tasks: Tasks = None,
+    include_path: Include = None,
+    validation: o.Held = None,
+    base: Base = None,
+    config: o.Config = None,
+    set_: o.Set = None,
+    device: o.Device = None,
+    dtype: o.Dtype = None,
+    limit: o.Limit = None,
+    dry_run: o.DryRun = False,
+) -> None:
+    """Evaluate base and result side by side; the figures go into the result's card and report.
+
+    No trust flag is needed for the merged model, as this command imports the package first.
+    """
+    facts, own = read_facts(result), result / "run.yaml"
+    run = o.make_run(
+        config or (own if own.is_file() else None), set_, validation=validation, model=base, device=device, dtype=dtype,
+        eval__tasks=[t.strip() for t in tasks.split(",")] if tasks else None, eval__include_path=include_path,
+    )  # fmt: skip
+    run.limit, run.report = limit, load_run(own if own.is_file() else None).report
+    check_files(run)
+    load_config(run.model)
+    if not run.eval.tasks and not run.validation.files:
+        raise ValueError("there is nothing to evaluate; pass `--tasks NAME,...` for lm-eval or `--validation FILE`.")
+    banner("eval", {"base": run.model, "result": result, "tasks": ", ".join(run.eval.tasks), "limit": limit})
+    if dry_run:
+        return
+    models = {"base": load_model(run.model, run), "result": load_model(str(result), run)}
+    if run.validation.files:
+        facts["losses"] = _losses(run, models)
+        lines({f"loss, {name}": f"{loss:.4f} nats/token" for name, loss in facts["losses"].items()})
+    if run.eval.tasks:
+        facts["scores"], facts["scores_limit"] = score_table(run, models), limit
+        for row in facts["scores"]:
+            pair = " -> ".join(_shown(row[side]) for side in ("base", "result"))
+            note(f"  {row['task']:28s} {row['metric']:12s} {pair}")
+    write_facts(result, facts, run.report)
+    note(f"Wrote the figures into {result / 'README.md'}")
+
+
+def _losses(run: Run, models: dict[str, Any]) -> dict[str, float]:
+    ids = validation_tokens(run, load_tokenizer(run.model))
+    return {name: evaluate_loss(model, ids, run.validation.length) for name, model in models.items()}
+
+
+def score_table(run: Run, models: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows `{task, metric, base: [value, stderr], result: [value, stderr]}`.
+
+    Raises:
+        ImportError: lm-eval is not installed.
+    """
+    scores = {name: _lm_eval(run, model) for name, model in models.items()}
+    rows = []
+    for task, metrics in scores["base"].items():
+        for metric in metrics:
+            rows.append(
+                {"task": task, "metric": metric, **{name: found[task][metric] for name, found in scores.items()}}
+            )
+    return rows
+
+
+def _lm_eval(run: Run, model: Any) -> dict[str, dict[str, list[float | None]]]:
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ImportError("`--tasks` needs lm-eval; `pip install 'dha_peft[eval]'`.") from error
+    options = run.eval
+    wrapped = HFLM(pretrained=model, tokenizer=load_tokenizer(run.model), batch_size=options.batch_size)
+    found = simple_evaluate(
+        wrapped, tasks=list(options.tasks), num_fewshot=options.num_fewshot, limit=run.limit,
+        task_manager=TaskManager(include_path=options.include_path), bootstrap_iters=1000,
+    )  # fmt: skip
+    return {task: _metrics(values) for task, values in found["results"].items()}
+
+
+def _metrics(values: dict[str, Any]) -> dict[str, list[float | None]]:
+    found: dict[str, list[float | None]] = {}
+    for key, value in values.items():
+        name, _, rest = key.partition(",")
+        if isinstance(value, (int, float)) and rest and not name.endswith("_stderr"):
+            error = values.get(f"{name}_stderr,{rest}")
+            found[name] = [float(value), float(error) if isinstance(error, (int, float)) else None]
+    return found
+
+
+def _shown(pair: list[float | None]) -> str:
+    return f"{pair[0]:.4f}" + (f" ± {pair[1]:.4f}" if pair[1] is not None else "")
