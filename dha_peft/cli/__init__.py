@@ -17,6 +17,7 @@ from .export import export
 from .plan import plan
 from .push import push
 from .sweep import sweep
+from .train import train
 
 app = typer.Typer(
     name="dha",
@@ -28,6 +29,7 @@ app = typer.Typer(
 for name, command in {
     "plan": plan,
     "convert": convert,
+    "train": train,
     "eval": evaluate,
     "bench": bench,
     "sweep": sweep,

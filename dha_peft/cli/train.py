@@ -1,0 +1,200 @@
+"""`dha train`: fusion of the adapter, the collapse, and healing of the merged model, through the Trainer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from peft import PeftModel
+from torch import nn
+from transformers import Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..conversion import convert, get_dha_model
+from ..plan import DHAPlan
+from ..texts import evaluate_loss
+from ..training import DHACallback, DHATrainer
+from . import options as o
+from .console import note
+from .convert import finish, measured_cache, start_banner
+from .loading import (
+    calibration_batches,
+    check_files,
+    device_of,
+    load_model,
+    load_tokenizer,
+    training_rows,
+    validation_tokens,
+)
+from .output import check_free, new_folder, write_text
+from .plan import show_plan
+from .result import copy_config, facts_of, save_result
+from .settings import Run
+
+
+def train(
+    model: o.Model = None,
+    output: o.Output = None,
+    budget: o.Budget = None,
+    text: o.Text = None,
+    validation: o.Held = None,
+    tokens: o.Tokens = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="Fusion steps; 0 starts from the closed form.")] = None,
+    heal_steps: Annotated[int | None, typer.Option("--heal-steps", help="Steps of all weights afterwards.")] = None,
+    config: o.Config = None,
+    set_: o.Set = None,
+    device: o.Device = None,
+    dtype: o.Dtype = None,
+    limit: o.Limit = None,
+    dry_run: o.DryRun = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of this output.")] = False,
+) -> None:
+    """Fuse by training, collapse, heal, and write the model. Any TrainingArguments: --set train.arguments.NAME=VALUE."""
+    run = o.make_run(
+        config, set_, text=text, validation=validation, model=model, output=output, dha__head_budget=budget,
+        calibration__tokens=tokens, train__steps=steps, train__heal_steps=heal_steps, device=device, dtype=dtype, limit=limit,
+    )  # fmt: skip
+    check_run(run, resume)
+    if dry_run:
+        show_plan(run)
+        note(f"dry run: {run.train.steps} fusion and {run.train.heal_steps} healing steps; nothing was written.")
+        return
+    run_train(run, config, resume)
+
+
+def check_run(run: Run, resume: bool = False) -> None:
+    """Raise ValueError for what would stop the run later on."""
+    check_free(run.output, resume)
+    check_files(run)
+    part = run.train
+    if part.objective not in ("base", "text"):
+        raise ValueError(
+            f"`train.objective` is {part.objective!r}; choose 'base' (KL from the base) or 'text' (next token)."
+        )
+    if part.steps < 0 or part.heal_steps < 0 or not part.steps + part.heal_steps:
+        raise ValueError(
+            "`train.steps` and `train.heal_steps` must not be negative and not both 0; `dha convert` needs no steps."
+        )
+    if not (part.files or run.calibration.files):
+        raise ValueError("there is no text to train on; pass `--text FILE`, or set `train.files` in the run file.")
+
+
+def run_train(run: Run, source: Path | None = None, resume: bool = False) -> Path:
+    """The training that a run describes; returns the folder of the result. An interrupted run keeps its checkpoints."""
+    set_seed(run.seed)
+    begin = time.perf_counter()
+    with new_folder(run.output, keep=True, resume=resume) as folder:
+        tokenizer, base = load_tokenizer(run.model), load_model(run.model, run)
+        batches, rows = calibration_batches(run, tokenizer), training_rows(run, tokenizer)
+        ids = validation_tokens(run, tokenizer)
+        start_banner("train", run, base, batches)
+        facts: dict[str, Any] = {"losses": {}, "fusion": []}
+        _measure(facts, "base", base, ids, run)
+        small = (
+            fused(run, folder, base, batches, rows, facts, ids)
+            if run.train.steps
+            else convert(base, run.config(), batches)
+        )
+        _measure(facts, "after the collapse" if run.train.steps else "closed form", small, ids, run)
+        if run.train.heal_steps:
+            heal(run, folder, small, rows)
+            _measure(facts, "after healing", small, ids, run)
+        base = load_model(run.model, run)  # the collapse reuses the tensors of the first copy
+        plan = DHAPlan.from_dict(small.config.dha_plan)
+        facts = facts_of(run, base, plan) | facts
+        facts["kv_bytes_measured"] = measured_cache(base, small)
+        facts["calibration_tokens"] = sum(b["input_ids"].numel() for b in batches or [])
+        facts["training_tokens"] = trained_tokens(run)
+        facts["seconds"] = round(time.perf_counter() - begin, 1)
+        save_result(folder, run, small, tokenizer, facts)
+        copy_config(source, folder)
+        for stage in ("fusion", "healing"):  # checkpoints; the adapter stays
+            shutil.rmtree(folder / stage, ignore_errors=True)
+    finish(run, facts)
+    return Path(run.output)
+
+
+def fused(
+    run: Run,
+    folder: Path,
+    base: nn.Module,
+    batches: list | None,
+    rows: list,
+    facts: dict[str, Any],
+    ids: torch.Tensor | None,
+) -> nn.Module:
+    """Train the adapter, or take the one that an interrupted run had finished; then collapse it."""
+    done = folder / "adapter"
+    if (done / "log.json").is_file():
+        adapted: Any = PeftModel.from_pretrained(base, done)
+        facts["fusion"] = json.loads((done / "log.json").read_text())
+    else:
+        adapted = get_dha_model(base, run.config(), batches)
+        trainer = _train(
+            run, adapted, rows, folder / "fusion", run.train.steps, run.train.learning_rate, {}, None, [DHACallback()]
+        )
+        facts["fusion"] = [log for log in trainer.state.log_history if "dha/fusion_loss" in log and "loss" not in log]
+        adapted.save_pretrained(done)
+        write_text(done / "log.json", json.dumps(facts["fusion"]))
+    _measure(facts, "after fusion, before the collapse", adapted, ids, run)
+    return adapted.eval().merge_and_unload()
+
+
+def heal(run: Run, folder: Path, small: nn.Module, rows: list) -> None:
+    """Train all weights of the merged model, with the base as teacher unless the objective is the text."""
+    part = run.train
+    teacher = load_model(run.model, run) if part.objective == "base" else None
+    _train(
+        run, small, rows, folder / "healing", part.heal_steps, part.heal_learning_rate, part.heal_arguments, teacher, []
+    )
+    small.eval()
+
+
+def _train(run, model, rows, folder, steps, rate, extra, teacher, callbacks):
+    arguments = training_arguments(run, folder, steps, rate, extra)
+    options = {"model": model, "args": arguments, "train_dataset": rows, "callbacks": callbacks}
+    trainer = DHATrainer(**options, teacher=teacher) if run.train.objective == "base" else Trainer(**options)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
+    return trainer
+
+
+def training_arguments(run: Run, folder: Path, steps: int, rate: float, extra: dict[str, Any]) -> TrainingArguments:
+    """The Trainer's arguments of one stage: defaults, then `train.arguments`, then the stage's own."""
+    fields = {
+        "max_steps": steps if run.limit is None else min(steps, run.limit),
+        "learning_rate": rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": min(5, steps // 10),
+        "per_device_train_batch_size": 8,
+        "logging_steps": 10,
+        "save_steps": 50,
+        "save_total_limit": 1,
+        "report_to": [],
+        "seed": run.seed,
+        "bf16": True,
+        "use_cpu": device_of(run) == "cpu",
+        "dataloader_pin_memory": device_of(run) != "cpu",
+        "disable_tqdm": not sys.stderr.isatty(),
+    }
+    return TrainingArguments(**{**fields, **run.train.arguments, **extra, "output_dir": str(folder)})
+
+
+def trained_tokens(run: Run) -> int:
+    """Tokens seen by one process in both stages."""
+    total = 0
+    for steps, extra in ((run.train.steps, {}), (run.train.heal_steps, run.train.heal_arguments)):
+        arguments = training_arguments(run, Path("unused"), max(steps, 1), 0.0, extra)
+        count = 0 if not steps else arguments.max_steps
+        total += count * arguments.train_batch_size * arguments.gradient_accumulation_steps * run.train.length
+    return total
+
+
+def _measure(facts: dict[str, Any], name: str, model: nn.Module, ids: torch.Tensor | None, run: Run) -> None:
+    if ids is not None:
+        facts["losses"][name] = evaluate_loss(model, ids, run.validation.length)
