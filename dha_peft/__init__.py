@@ -5,6 +5,7 @@ from __future__ import annotations
 from . import adapter, models
 from .adapter import DHAConfig, DHAModel
 from .conversion import convert, get_dha_model
+from .kernels import decode_kernel
 from .models import Family, register_family
 from .plan import DHAPlan, LayerPlan
 from .search import Analysis, analyse
@@ -12,6 +13,8 @@ from .training import DHACallback, DHATrainer, FusionSchedule, ScheduleOptions
 
 adapter.register()
 models.register()
+# Declines by itself where Triton or CUDA is missing; Triton is imported at its first call on a GPU.
+models.set_decode_kernel(decode_kernel)
 
 __version__ = "0.1.0"
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -101,9 +103,20 @@ def _triton(
     start: Tensor | None,
     length: Tensor | None,
 ) -> Tensor:
-    if mask is None or not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling():
+        # Straight to the launch: the operator's dispatch costs as much as the kernel on a short cache.
+        launch = _launch() if type(q) is Tensor and type(k) is Tensor else decode
+        return launch(q, k, v, key_map, value_map, scale, mask, start, length)
+    if mask is None:
         return decode(q, k, v, key_map, value_map, scale, mask, start, length)
     return decode(q, k, v, key_map, value_map, scale, mask, *mask_bounds(mask, q.shape[0]))
+
+
+@lru_cache(maxsize=1)
+def _launch() -> Callable[..., Tensor]:
+    from .launch import launch_decode  # imports Triton, so not before the first call
+
+    return launch_decode
 
 
 def _masked_bounds(q: Tensor, k: Tensor, mask: Tensor, start: Tensor | None, length: Tensor | None) -> Tensor:

@@ -20,13 +20,19 @@ _IN_FLIGHT = 96 * 1024
 
 @dataclass(frozen=True)
 class Tiling:
-    """Shape of one program: `rows` (query heads x tokens), `keys` per tile, and what it needs of a multiprocessor."""
+    """Shape of one program: `rows` (query heads x tokens), `keys` per tile, and what it needs of a multiprocessor.
+
+    `early`: the second kernel may be launched as soon as the first runs, not only when it nears its end.
+    `prefetch`: tiles that a program asks for before the kernel ahead of it is done.
+    """
 
     rows: int
     keys: int
     warps: int
     stages: int
     per_processor: int
+    early: bool = False
+    prefetch: int = 0
 
 
 @lru_cache(maxsize=512)
@@ -115,7 +121,8 @@ def launch_decode(
         0.0 if _mask_kind(mask) < 2 else torch.finfo(mask.dtype).min / 2,
         TOKENS=tokens, DIM=dim, BLOCK_D=block_d, ROWS=tiling.rows, KEYS=tiling.keys, STAGES=tiling.stages,
         ALIGN=_alignment(k, v), MASK=_mask_kind(mask), HAS_START=start is not None, HAS_LENGTH=length is not None,
-        SPLIT=splits > 1, PDL=pdl, num_warps=tiling.warps, **({"launch_pdl": True} if pdl else {}),
+        SPLIT=splits > 1, PDL=(2 if tiling.early else 1) if pdl else 0,
+        PREFETCH=tiling.prefetch if pdl and block_d >= 64 else 0, num_warps=tiling.warps, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     if splits > 1:
         _combine(part, lse, out, pdl)

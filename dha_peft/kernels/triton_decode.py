@@ -60,13 +60,34 @@ def _hide(
 
 
 @triton.jit
+def _prefetch(
+    batch, first, stop, num_keys, k_ptr, v_ptr, k_sb, k_sh, k_ss, v_sb, v_sh, v_ss, key_heads,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Ask for the first tiles of a stretch without waiting for them: the L2 cache fetches rows on its own."""
+    key = first + tl.arange(0, KEYS)[:, None]
+    line = tl.arange(0, BLOCK_D // 64)[None, :] * 64  # 128 bytes of bf16 or fp16
+    # Before the previous kernel is done the bounds may be anything; a wrong guess costs a useless fetch of row 0.
+    key = tl.where((key >= 0) & (key < tl.minimum(stop, num_keys)), key, 0).to(tl.int64)
+    for tile in tl.static_range(TILES):
+        if tile < key_heads:
+            row = k_ptr + batch * k_sb + tile * k_sh + key * k_ss
+        else:
+            row = v_ptr + batch * v_sb + (tile - key_heads) * v_sh + key * v_ss
+        at = (row + tl.where(line < DIM, line, 0)).to(tl.int64)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
 def attend_kernel(
     q_ptr, k_ptr, v_ptr, key_map_ptr, value_map_ptr, mask_ptr, start_ptr, length_ptr, plain_ptr, out_ptr, part_ptr, lse_ptr,
     q_sb, q_sh, q_st, k_sb, k_sh, k_ss, v_sb, v_sh, v_ss, mask_sb, mask_st, mask_ss, out_sb, out_sh, out_st,
     key_heads, value_heads, num_keys, num_rows, num_splits, scale, lowest,
     TOKENS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     STAGES: tl.constexpr, ALIGN: tl.constexpr, MASK: tl.constexpr, HAS_START: tl.constexpr, HAS_LENGTH: tl.constexpr,
-    SPLIT: tl.constexpr, PDL: tl.constexpr,
+    SPLIT: tl.constexpr, PDL: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
     """Grid (splits, blocks of rows, batch). With SPLIT, writes each stretch's output (float32, `part [B, splits,
     rows, d]`) and its base-2 log-sum-exp (`lse [B, splits, rows]`), else the final output. `plain [B]` counts the keys
@@ -74,6 +95,14 @@ def attend_kernel(
     split, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
     if PDL == 2:
         tl.extra.cuda.gdc_launch_dependents()
+    if PREFETCH:
+        first, stop, begin, end = _stretch(
+            batch, split, start_ptr, length_ptr, num_keys, num_splits, HAS_START, HAS_LENGTH
+        )  # fmt: skip
+        _prefetch(
+            batch, first, stop, num_keys, k_ptr, v_ptr, k_sb, k_sh, k_ss, v_sb, v_sh, v_ss, key_heads,
+            DIM, BLOCK_D, KEYS, PREFETCH,
+        )  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_wait()
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -114,20 +143,22 @@ def attend_kernel(
             mask=(key < stop)[:, None] & in_dim[None, :],
             other=0.0,
         )
-        scores = tl.where((key_of == tile)[None, :], tl.dot(x, q), scores)
-        if tile == key_heads - 1:
-            mask_at = mask_ptr + batch * mask_sb
-            hidden = _hide(
-                scores * scale, key, token, stop, end, holes, mask_at, mask_st, mask_ss, lowest, TOKENS, MASK
-            )
-            new_top = tl.maximum(top, tl.max(hidden, 0))
-            weights = tl.exp2(hidden - new_top[None, :])
-            shrink = tl.exp2(top - new_top)
-            total = total * shrink + tl.sum(weights, 0)
-            out = out * shrink[None, :]
-            top = new_top
-            probs = weights.to(q.dtype)
-        out += tl.where((value_of == tile - key_heads)[None, :], tl.dot(tl.trans(x), probs), 0.0)
+        if is_key:
+            scores = tl.where((key_of == tile)[None, :], tl.dot(x, q), scores)
+            if tile == key_heads - 1:
+                mask_at = mask_ptr + batch * mask_sb
+                hidden = _hide(
+                    scores * scale, key, token, stop, end, holes, mask_at, mask_st, mask_ss, lowest, TOKENS, MASK
+                )
+                new_top = tl.maximum(top, tl.max(hidden, 0))
+                weights = tl.exp2(hidden - new_top[None, :])
+                shrink = tl.exp2(top - new_top)
+                total = total * shrink + tl.sum(weights, 0)
+                out = out * shrink[None, :]
+                top = new_top
+                probs = weights.to(q.dtype)
+        else:
+            out += tl.where((value_of == tile - key_heads)[None, :], tl.dot(tl.trans(x), probs), 0.0)
         tile += 1
         block = tl.where(tile == tiles, block + KEYS, block)
         tile = tl.where(tile == tiles, 0, tile)

@@ -20,10 +20,10 @@ def random_maps(heads: int, keys: int, values: int) -> HeadMaps:
 
 
 @pytest.fixture
-def reset_decode():
+def reset_decode(monkeypatch):
+    monkeypatch.setattr(decode, "_kernel", decode._kernel)
     yield
     set_attention_path("auto")
-    set_decode_kernel(None)
 
 
 @pytest.mark.parametrize("heads, keys, values", [(8, 3, 5), (7, 7, 1), (6, 1, 6), (12, 4, 4)])
