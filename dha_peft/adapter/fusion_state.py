@@ -57,8 +57,10 @@ class HeadFusion(nn.Module):
 
     def freeze_unused(self) -> None:
         """Freeze frames that are not trained, and empty parts of them: distributed training waits for every gradient."""
+        phases = self.layout.phases
+        fixed = set() if phases is None else {"out_full"} if phases.any() else {"out_full", "out_pair"}
         for name, parameter in self.named_parameters():
-            if name != "omega" and (not self.train_frames or parameter.numel() == 0):
+            if name in fixed or (name != "omega" and (not self.train_frames or parameter.numel() == 0)):
                 parameter.requires_grad_(False)
 
     @torch.no_grad()

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..plan import DHAPlan, Groups
+from ..plan import DHAPlan
 from .configuration_dha import CONFIGS
 from .families import family_of
 from .family import Family, get_path, head_size, kv_heads
+from .filling import LayerWeights, fill_attention
 from .maps import HeadMaps, neighbour_order
 from .modeling_dha import MODELS
-from .packing import HeadLinear
-
-LayerWeights = Mapping[str, Tensor]
 
 
 def build_merged(
@@ -54,7 +52,7 @@ def build_merged(
     _take_tensors(merged, base_model, share, _skipped(targets, family))
     for index, (target, source) in enumerate(zip(targets, sources, strict=True)):
         weights = _permuted(layer_weights[index], orders[index], head_size(target, merged.config))
-        _fill_attention(target, source, family, weights, plan.layers[index].key_groups, index)
+        fill_attention(target, source, family, weights, plan.layers[index].key_groups, index)
     return _finish(merged, base_model)
 
 
@@ -149,76 +147,6 @@ def _permuted(weights: LayerWeights, order: list[int], head_dim: int) -> dict[st
     if "turn" in weights:
         moved["turn"] = weights["turn"][order]
     return {**weights, **moved}
-
-
-def _fill_attention(
-    target: nn.Module, source: nn.Module, family: Family, weights: LayerWeights, key_groups: Groups, layer: int
-) -> None:
-    bias = {name: getattr(get_path(source, getattr(family, name)), "bias", None) is not None for name in "qkvo"}
-    for name, has in bias.items():
-        if f"{name}_bias" in weights and not has:
-            raise ValueError(f"layer {layer} has a `{name}_bias`, but this family's {name} projection has no bias.")
-    like = get_path(source, family.o).weight
-    if family.packing == "separate":
-        for name in "qkv":
-            _fill(get_path(target, getattr(family, name)), weights, (name,), layer, like)
-    else:
-        _fill(get_path(target, family.k), weights, ("q", "k", "v"), layer, like)
-    _fill(get_path(target, family.o), weights, ("o",), layer, like)
-    if family.has_turn(source):
-        _fill_turn(target, family, weights, like, layer)
-    if family.has_norm(source, "head_layer"):
-        _tie_norms(getattr(target, family.norm), getattr(source, family.norm), key_groups, target)
-
-
-@torch.no_grad()
-def _fill(module: nn.Module, weights: LayerWeights, names: tuple[str, ...], layer: int, like: Tensor) -> None:
-    """Give one projection its collapsed weights (several when fused) and bias, in dtype and device of `like`."""
-    if isinstance(module, HeadLinear):
-        module.to_empty(device=like.device)
-        module.reset_buffers()
-        module = module.heads
-    weight = torch.cat([weights[name] for name in names])
-    shape = tuple(module.weight.shape)
-    transposed = not isinstance(module, nn.Linear)  # transformers' Conv1D
-    if tuple(weight.shape) != (shape[::-1] if transposed else shape):
-        raise ValueError(
-            f"`{'`, `'.join(names)}` of layer {layer} has shape {tuple(weight.shape)}, but the plan needs {shape}."
-        )
-    weight = weight.T.contiguous() if transposed else weight
-    module.weight = nn.Parameter(weight.detach().to(like.device, like.dtype, copy=True))
-    if module.bias is not None:
-        parts = [weights.get(f"{name}_bias", weights[name].new_zeros(len(weights[name]))) for name in names]
-        module.bias = nn.Parameter(torch.cat(parts).detach().to(like.device, like.dtype, copy=True))
-
-
-def _fill_turn(target: nn.Module, family: Family, weights: LayerWeights, like: Tensor, layer: int) -> None:
-    modules = [(target.dha_turn, "factor", "turn")]
-    if family.key_norm == "all_rms":
-        modules.append((getattr(target, family.norm), "root", "root"))
-    for module, parameter, name in modules:
-        module.to_empty(device=like.device)
-        module.to(like.dtype).reset_parameters()
-        if name in weights:
-            setattr(module, parameter, nn.Parameter(weights[name].detach().to(like.device, like.dtype, copy=True)))
-        elif name == "root":
-            raise ValueError(f"layer {layer} has no `root`, which a norm over all key heads needs; see `SharedNorm`.")
-
-
-@torch.no_grad()
-def _tie_norms(target: nn.Module, source: nn.Module, key_groups: Groups, attention: nn.Module) -> None:
-    """Gains of a group's norms become their mean; norms that all heads share are copied."""
-    maps = attention.dha_maps
-    heads = maps.keys if attention.dha_gather else range(maps.num_key_heads)
-    if hasattr(source, "norms"):
-        gains = torch.stack([norm.weight for norm in source.norms])
-        for norm, head in zip(target.norms, heads, strict=True):
-            norm.weight = nn.Parameter(gains[list(key_groups[head])].mean(0))
-        return
-    for name, tensor in source.named_parameters():
-        if tensor.dim() == 2:
-            tensor = torch.stack([tensor[list(key_groups[head])].mean(0) for head in heads])
-        setattr(target, name, nn.Parameter(tensor.detach().clone()))
 
 
 def _finish(merged: PreTrainedModel, base: PreTrainedModel) -> PreTrainedModel:

@@ -80,6 +80,15 @@ def fusions(model: nn.Module) -> list[HeadFusion]:
     return [module for module in model.modules() if isinstance(module, HeadFusion)]
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_trainable_parameter_gets_a_gradient(case: Case):
+    adapted = get_dha_model(make_base(case), DHAConfig(head_budget=0.5), make_batches(1))
+    batch = make_batches(1)[0]
+    adapted(**batch, labels=batch["input_ids"]).loss.backward()
+    trained = {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    assert trained and not [name for name, parameter in trained.items() if parameter.grad is None]
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_unload_gives_the_base_back(case: Case):
