@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # The torch that the tests are developed against; users get any torch that pyproject.toml allows.
 TORCH ?= torch==2.13.0
 
-.PHONY: .venv test lint format demo
+.PHONY: .venv test lint format demo docs
 
 .venv: $(STAMP)
 
@@ -32,3 +32,7 @@ format: .venv
 
 demo: .venv
 	$(BIN)/python examples/demo.py
+
+docs: .venv
+	$(PIP) -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
