@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Callable
 
 import typer
 from transformers.utils import logging as transformers_logging
@@ -26,7 +27,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for name, command in {
+COMMANDS: dict[str, Callable[..., None]] = {
     "plan": plan,
     "convert": convert,
     "train": train,
@@ -36,7 +37,8 @@ for name, command in {
     "export": export,
     "push": push,
     "env": env,
-}.items():
+}
+for name, command in COMMANDS.items():
     app.command(name)(command)
 
 

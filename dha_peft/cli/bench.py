@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -31,7 +31,7 @@ def bench(
     if min(batch, context, steps) < 1:
         raise ValueError(f"`--batch` {batch}, `--context` {context} and `--steps` {steps} must all be at least 1.")
     banner("bench", {"result": result, "device": device_of(run), "batch": batch, "context": context})
-    speed = {"batch": batch, "context": context, "steps": steps, "device": versions()["device"]}
+    speed: dict[str, Any] = {"batch": batch, "context": context, "steps": steps, "device": versions()["device"]}
     for name, path in (("base", run.model), ("result", str(result))):
         speed[name] = decode_speed(load_model(path, run), batch, context, steps)
         peak = speed[name].get("peak_bytes")
