@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_b", "stride_t", "num_keys"])
 def bounds_kernel(
     mask_ptr, bounds_ptr, stride_b, stride_t, stride_s, num_keys, lowest,
     TOKENS: tl.constexpr, ADDITIVE: tl.constexpr, KEYS: tl.constexpr,

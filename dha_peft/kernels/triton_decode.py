@@ -80,7 +80,9 @@ def _prefetch(
         )
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["key_heads", "value_heads", "num_keys", "num_rows", "num_splits", "mask_sb", "mask_st"]
+)  # a cache that grows must not compile anew
 def attend_kernel(
     q_ptr, k_ptr, v_ptr, key_map_ptr, value_map_ptr, mask_ptr, start_ptr, length_ptr, plain_ptr, out_ptr, part_ptr, lse_ptr,
     q_sb, q_sh, q_st, k_sb, k_sh, k_ss, v_sb, v_sh, v_ss, mask_sb, mask_st, mask_ss, out_sb, out_sh, out_st,
@@ -177,7 +179,7 @@ def attend_kernel(
         tl.store(out_ptr + at[None, :] + dim[:, None], out, mask=stored)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_splits"])
 def combine_kernel(
     part_ptr, lse_ptr, out_ptr, out_sb, out_sh, out_st, num_rows, num_splits,
     TOKENS: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr, DIMS: tl.constexpr, PDL: tl.constexpr,

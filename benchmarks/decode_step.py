@@ -1,0 +1,193 @@
+"""Decode steps of whole models, compiled side by side and timed one after the other, each with its kernels by time.
+
+    python benchmarks/decode_step.py --csv step.csv mha:reduce-overhead:32:16x4096 dha:reduce-overhead:32:16x4096
+
+A job is model : compile mode : layers : batch x context, with "+fused" after the model for q, k, v and gate, up as one
+product each. Compiling is work for the host, so all jobs do it at once; then one at a time has the GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import re
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+ROOM, REPEATS = 120, 3
+
+
+def worker(job: str) -> None:
+    import torch
+    import torch.nn.functional as F
+    from decode_model import ModelShape, build, filled_cache
+    from torch import nn
+
+    import dha_peft  # noqa: F401  plugs the kernel in
+
+    class First(nn.Module):
+        """The product of several linears; the others hand out what it left for them."""
+
+        def __init__(self, linears: list, left: list) -> None:
+            super().__init__()
+            self.weight, self.left = nn.Parameter(torch.cat([x.weight for x in linears])), left
+            self.sizes = [x.out_features for x in linears]
+            self.out_features = self.sizes[0]
+
+        def forward(self, x):
+            first, *others = F.linear(x, self.weight).split(self.sizes, -1)
+            self.left.extend(others)
+            return first
+
+    class Next(nn.Module):
+        def __init__(self, left: list, out_features: int) -> None:
+            super().__init__()
+            self.left, self.out_features = left, out_features
+
+        def forward(self, x):
+            return self.left.pop(0)
+
+    def fuse(module: nn.Module, names: list[str]) -> None:
+        linears, left = [getattr(module, name) for name in names], []
+        setattr(module, names[0], First(linears, left))
+        for name, linear in zip(names[1:], linears[1:]):
+            setattr(module, name, Next(left, linear.out_features))
+
+    model_name, mode, layers, batch, context = re.fullmatch(r"([a-z+]+):([a-z-]+):(\d+):(\d+)x(\d+)", job).groups()
+    shape = ModelShape(layers=int(layers), batch=int(batch), context=int(context))
+    device, begin = torch.device("cuda"), time.perf_counter()
+    torch.manual_seed(0)
+    model = build(model_name.split("+")[0], shape, device, torch.bfloat16)
+    cache = filled_cache(model, shape, shape.batch, "static", ROOM)
+    with torch.no_grad():
+        if model_name.endswith("+fused"):
+            for layer in model.model.layers:
+                fuse(layer.self_attn, ["q_proj", "k_proj", "v_proj"])
+                fuse(layer.mlp, ["gate_proj", "up_proj"])
+        torch.cuda.empty_cache()
+        token = torch.zeros(shape.batch, 1, dtype=torch.long, device=device)
+
+        def plain(ids):
+            return model(ids, past_key_values=cache, use_cache=True).logits[:, -1].argmax(-1, keepdim=True)
+
+        compiled = plain if mode == "eager" else torch.compile(plain, mode=mode, fullgraph=True)
+
+        def steps(count: int, token):
+            for _ in range(count):
+                torch.compiler.cudagraph_mark_step_begin()
+                token = compiled(token).clone()
+            torch.cuda.synchronize()
+            return token
+
+        token = steps(5, token)
+        print("READY", round(time.perf_counter() - begin, 1), flush=True)
+        sys.stdin.readline()
+        times = []
+        for _ in range(REPEATS):
+            token = steps(2, token)
+            start = time.perf_counter()
+            token = steps(20, token)
+            times.append((time.perf_counter() - start) / 20 * 1000)
+        result = {"job": job, "ms": sorted(times)[REPEATS // 2], "all_ms": times}
+        result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        print("RESULT", json.dumps(result), flush=True)
+        from torch.profiler import ProfilerActivity, profile
+
+        with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+            steps(4, token)
+    spent: dict[str, list[float]] = {}
+    busy, first, last = 0.0, float("inf"), 0.0
+    for event in profiled.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            entry = spent.setdefault(event.name[:90], [0.0, 0])
+            entry[0] += event.device_time
+            entry[1] += 1
+            busy += event.device_time
+            first, last = min(first, event.time_range.start), max(last, event.time_range.end)
+    result["gpu_busy_ms"], result["gpu_span_ms"] = busy / 4e3, (last - first) / 4e3
+    result["kernels"] = [[n, round(t / 4e3, 4), c / 4] for n, (t, c) in sorted(spent.items(), key=lambda x: -x[1][0])]
+    print("RESULT", json.dumps(result), flush=True)
+
+
+class Job:
+    def __init__(self, text: str) -> None:
+        self.text, self.result, self.ready = text, None, threading.Event()
+        self.done, self.tail = threading.Event(), []
+        command = [sys.executable, __file__, "--worker", text]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        self.process = subprocess.Popen(command, text=True, **pipes)
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        for line in self.process.stdout:
+            if line.startswith("READY"):
+                print(f"ready {self.text} after {line.split()[1]} s", flush=True)
+                self.ready.set()
+            elif line.startswith("RESULT"):
+                self.result = json.loads(line[7:])
+            else:
+                self.tail = [*self.tail, line.rstrip()[:200]][-6:]
+        self.ready.set()
+        self.done.set()
+
+    def go(self) -> None:
+        try:
+            self.process.stdin.write("go\n")
+            self.process.stdin.flush()
+        except OSError:
+            return
+        self.done.wait(25)
+        self.process.kill()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("jobs", nargs="*")
+    parser.add_argument("--worker")
+    parser.add_argument("--csv", type=Path)
+    parser.add_argument("--seconds", type=float, default=120, help="jobs that are not ready by then are given up")
+    parser.add_argument("--after", type=int, nargs="*", default=[], help="process ids to wait for before timing")
+    args = parser.parse_args()
+    if args.worker:
+        return worker(args.worker)
+    deadline, jobs, results = time.time() + args.seconds, [Job(text) for text in args.jobs], []
+    for job in jobs:
+        job.ready.wait(max(0.0, deadline - time.time()))
+    for job in jobs:  # late ones would disturb the others' times
+        if not job.ready.is_set():
+            job.process.kill()
+    while any(Path(f"/proc/{pid}").exists() for pid in args.after) and time.time() < deadline:
+        time.sleep(0.2)
+    for job in jobs:
+        job.go()
+        if job.result is None:
+            print(f"no result of {job.text}: {job.tail}", flush=True)
+            continue
+        results.append(job.result)
+        span = job.result.get("gpu_span_ms", float("nan"))
+        print(f"===== {job.text} {job.result['ms']:.3f} ms a step, GPU span {span:.3f}", flush=True)
+        for name, ms, count in job.result.get("kernels", [])[:14]:
+            print(f"   {ms:7.3f} ms {count:6.1f} x {name[:76]}", flush=True)
+        if args.csv:
+            args.csv.with_suffix(".json").write_text(json.dumps(results))
+            _write(args.csv, results)
+
+
+def _write(path: Path, results: list[dict]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["job", "ms", "gpu_busy_ms", "gpu_span_ms", "peak_gib"])
+        writer.writerows(
+            [r.get(key) for key in ("job", "ms", "gpu_busy_ms", "gpu_span_ms", "peak_gib")] for r in results
+        )
+
+
+if __name__ == "__main__":
+    main()
