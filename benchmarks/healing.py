@@ -27,13 +27,31 @@ from dha_peft.training import healing_loss
 
 METHODS = ("full", "adapter", "gqa")
 GQA = {"fusion": "linear", "grouping": "contiguous", "allocation": "uniform"}
-FIELDS = ("method", "budget", "steps", "updates", "lr", "seed", "base", "closed_form", "loss", "after_collapse", "seconds", "peak_gib")
+FIELDS = (
+    "method",
+    "budget",
+    "steps",
+    "updates",
+    "lr",
+    "seed",
+    "base",
+    "closed_form",
+    "loss",
+    "after_collapse",
+    "seconds",
+    "peak_gib",
+)
 
 
 def main() -> None:
     args = parse()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    base = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(args.device).eval().requires_grad_(False)
+    base = (
+        AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+        .to(args.device)
+        .eval()
+        .requires_grad_(False)
+    )
     validation = text_tokens(tokenizer, [args.validation], args.windows * args.length + 1).to(args.device)
     wanted = max(max(args.steps) * args.step_tokens, args.calibration_tokens)
     ids = text_tokens(tokenizer, args.text, wanted)
@@ -55,7 +73,9 @@ def main() -> None:
                         print(" ".join(f"{name}={value}" for name, value in result.items()), flush=True)
 
 
-def run(method: str, budget: float, steps: int, seed: int, base, analysis, rows: Tensor, validation: Tensor, args) -> dict:
+def run(
+    method: str, budget: float, steps: int, seed: int, base, analysis, rows: Tensor, validation: Tensor, args
+) -> dict:
     """One cell: closed form, `steps` steps of training, and for the adapter the collapse."""
     set_seed(seed)
     config = DHAConfig(head_budget=budget, task_type="CAUSAL_LM", **(GQA if method == "gqa" else {}))
@@ -74,11 +94,24 @@ def run(method: str, budget: float, steps: int, seed: int, base, analysis, rows:
     peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
     loss = evaluate_loss(student, validation, args.length)
     after = evaluate_loss(student.merge_and_unload(), validation, args.length) if method == "adapter" else loss
-    values = (method, budget, steps, args.updates, lr, seed, 0, *(round(v, 4) for v in (closed, loss, after)), round(seconds, 1), round(peak, 2))
+    values = (
+        method,
+        budget,
+        steps,
+        args.updates,
+        lr,
+        seed,
+        0,
+        *(round(v, 4) for v in (closed, loss, after)),
+        round(seconds, 1),
+        round(peak, 2),
+    )
     return dict(zip(FIELDS, values, strict=True))
 
 
-def train(student: nn.Module, teacher: nn.Module | None, rows: Tensor, steps: int, lr: float, args, next_token: float) -> None:
+def train(
+    student: nn.Module, teacher: nn.Module | None, rows: Tensor, steps: int, lr: float, args, next_token: float
+) -> None:
     """`steps * step_tokens` tokens in a random order, again and again if there are fewer; a tenth warms up, then cosine to 2 %."""
     student.train()
     parameters = [p for p in student.parameters() if p.requires_grad]
