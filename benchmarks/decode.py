@@ -42,7 +42,7 @@ def parse() -> argparse.Namespace:
     for name, value in {"layers": 32, "hidden": 4096, "intermediate": 11008, "vocab": 32000, "key-heads": 8,
                         "value-heads": 8, "batch": 16, "context": 4096, "steps": 32}.items():  # fmt: skip
         model.add_argument(f"--{name}", type=int, default=value)
-    model.add_argument("--cache", choices=["static", "dynamic"], default="static")
+    model.add_argument("--cache", choices=["static", "dynamic"], help="static for model, dynamic for generate")
     model.add_argument("--eager", action="store_true", help="no torch.compile")
     model.add_argument("--largest-batch", action="store_true")
     return parser.parse_args()
@@ -85,10 +85,18 @@ def measured(args: argparse.Namespace, device: torch.device, dtype: torch.dtype,
     names = ("layers", "hidden", "intermediate", "vocab", "query_heads", "key_heads", "value_heads", "batch", "context")
     shape = ModelShape(**{name: getattr(args, name) for name in names})
     if args.what == "generate":
-        yield from generate_results(args.models, shape, device, dtype, args.steps)
+        yield from generate_results(args.models, shape, device, dtype, args.steps, args.cache or "dynamic")
     else:
         yield from model_results(
-            args.models, shape, device, dtype, copy, args.steps, args.cache, not args.eager, args.largest_batch
+            args.models,
+            shape,
+            device,
+            dtype,
+            copy,
+            args.steps,
+            args.cache or "static",
+            not args.eager,
+            args.largest_batch,
         )
 
 

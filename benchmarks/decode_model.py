@@ -8,10 +8,9 @@ from dataclasses import dataclass
 
 import torch
 from decode_measure import Result
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache, StoppingCriteria
 
-from dha_peft.kernels import decode_kernel
-from dha_peft.models import build_merged, set_decode_kernel
+from dha_peft.models import build_merged
 from dha_peft.models.cache_view import CacheView
 from dha_peft.plan import DHAPlan, LayerPlan
 
@@ -109,18 +108,33 @@ def step_milliseconds(
     return (time.perf_counter() - begin) * 1000 / steps
 
 
+class Clock(StoppingCriteria):
+    """Never stops; notes when `generate` has made its first `skip` tokens."""
+
+    def __init__(self, device: torch.device, skip: int) -> None:
+        self.device, self.skip, self.begin = device, skip, 0.0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
+        self.skip -= 1
+        if self.skip == 0:
+            _synchronize(self.device)
+            self.begin = time.perf_counter()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
 def generate_milliseconds(model: PreTrainedModel, batch: int, prompt: int, steps: int, **options: object) -> float:
-    """Wall time per token of `model.generate`, prefill taken out by the difference of two lengths."""
+    """Wall time per token of `model.generate` after the prompt and its first tokens; the first run warms up."""
     device = next(model.parameters()).device
     ids = torch.randint(1, model.config.vocab_size, (batch, prompt), device=device)
-    times = []
-    for new in (8, 8, 8 + steps):
+    new = WARM_STEPS + steps
+    for _ in range(2):
+        clock = Clock(device, WARM_STEPS)
+        model.generate(
+            ids, max_new_tokens=new, min_new_tokens=new, do_sample=False, stopping_criteria=[clock], **options
+        )
         _synchronize(device)
-        begin = time.perf_counter()
-        model.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=False, **options)
-        _synchronize(device)
-        times.append(time.perf_counter() - begin)
-    return (times[2] - times[1]) * 1000 / steps
+        end = time.perf_counter()
+    return (end - clock.begin) * 1000 / steps
 
 
 def model_results(
@@ -128,7 +142,6 @@ def model_results(
     compiled: bool, largest: bool,
 ) -> Iterator[Result]:  # fmt: skip
     """Measure every named model in turn; only one is in memory at a time."""
-    set_decode_kernel(decode_kernel)
     for name in names:
         model = build(name, shape, device, dtype)
         keys = shape.query_heads if name == "mha" else (shape.key_heads + shape.value_heads) // 2
@@ -151,21 +164,26 @@ def model_results(
 
 
 def generate_results(
-    names: list[str], shape: ModelShape, device: torch.device, dtype: torch.dtype, steps: int
+    names: list[str], shape: ModelShape, device: torch.device, dtype: torch.dtype, steps: int, kind: str
 ) -> Iterator[Result]:
-    """`model.generate` with default arguments beside the plain loop with the same (dynamic) cache, both not compiled."""
-    set_decode_kernel(decode_kernel)
+    """`model.generate` beside the plain loop with the same cache type.
+
+    Dynamic is what `generate` takes by default, and nothing is compiled. With "static" `generate` compiles by itself on
+    CUDA, so the loop is compiled too.
+    """
+    compiled = kind == "static" and device.type == "cuda"
+    options = {"cache_implementation": "static"} if kind == "static" else {}
     for name in names:
         model = build(name, shape, device, dtype)
         for way in ("loop", "generate"):
             if way == "loop":
-                cache = filled_cache(model, shape, shape.batch, "dynamic", 0)
-                ms = step_milliseconds(model, cache, shape.batch, steps, compiled=False)
+                cache = filled_cache(model, shape, shape.batch, kind, WARM_STEPS + steps)
+                ms = step_milliseconds(model, cache, shape.batch, steps, compiled)
                 del cache
             else:
-                ms = generate_milliseconds(model, shape.batch, shape.context, steps)
+                ms = generate_milliseconds(model, shape.batch, shape.context, steps, **options)
             yield Result(
-                "generate", f"{name} {way}", shape.batch, shape.context, shape.query_heads, shape.key_heads,
+                "generate", f"{name} {way} {kind}", shape.batch, shape.context, shape.query_heads, shape.key_heads,
                 shape.value_heads, shape.hidden // shape.query_heads, str(dtype).removeprefix("torch."), device.type,
                 ms=ms, tokens_s=shape.batch / ms * 1000,
             )  # fmt: skip
