@@ -77,6 +77,8 @@ def evaluate_loss(
         batch = batch.to(device)
         with torch.autocast(device.type, torch.bfloat16):
             logits = model(input_ids=batch[:, :-1], use_cache=False).logits
-        total += float(nn.functional.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"))
+        total += float(
+            nn.functional.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten(), reduction="sum")
+        )
     model.train(training)
     return total / (count * length)

@@ -113,7 +113,11 @@ def test_equal_counts_are_also_in_the_standard_field(make_pair, tmp_path):
 
 def test_shipped_files_import_nothing_but_torch_transformers_and_each_other():
     folder = Path(dha_peft.models.__file__).parent
-    shipped = [path for path in folder.glob("*.py") if path.name not in ("__init__.py", "build.py", "filling.py", "register.py")]
+    shipped = [
+        path
+        for path in folder.glob("*.py")
+        if path.name not in ("__init__.py", "build.py", "filling.py", "register.py")
+    ]
     for path in shipped:
         for line in path.read_text().splitlines():
             assert not line.strip().startswith(("from ..", "import dha_peft", "from dha_peft")), (path.name, line)
