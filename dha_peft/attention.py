@@ -5,6 +5,7 @@ The table of families is `models/families.py`; this module walks a live model al
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,16 +15,17 @@ from torch import Tensor, nn
 from .fusion.collapse import SharedHeads
 from .fusion.heads import AttentionWeights, FrameLayout, HeadMaps
 from .models import Family, family_of
-from .models.family import get_path, head_size, kv_heads, rotary_pairs, rotary_size
+from .models.family import Block, Role, get_path, head_size, kv_heads, rotary_pairs, rotary_size
 from .models.packing import packed_rows
-from .plan import Groups
+from .plan import DHAPlan, Groups, LayerPlan
 
 KINDS = ("key", "value")
 
 
 @dataclass
 class AttentionSite:
-    """One attention block of a base model: `name` is its path from the model, `module` the block itself."""
+    """One attention block of a base model: `name` is its path from the model, `block` its path from the trunk, `module` the
+    block itself; `role` "cross" reads keys and values from an encoder, "encoder" has no cache (see `Stack`)."""
 
     index: int
     name: str
@@ -33,6 +35,8 @@ class AttentionSite:
     num_heads: int
     head_dim: int
     rotary_dim: int
+    block: str = ""
+    role: Role = "self"
 
     def projection(self, kind: str) -> nn.Module:
         """The plain projection of "query", "key", "value" or "output", also when an adapter wraps it. A fused one is the
@@ -189,17 +193,26 @@ def find_attention(model: nn.Module) -> list[AttentionSite]:
         )
     family = family_of(config.model_type)
     try:
-        modules = family.attentions(model.base_model)
+        blocks = family.blocks(model.base_model)
     except AttributeError as error:
+        places = ", ".join(f"`{stack.layers}.*.{path}`" for stack in family.parts() for path in stack.attention)
         raise ValueError(
-            f"family `{family.model_type}` has its attention at `{family.layers}.*.{family.attention}` of the trunk, but "
-            f"{error}; correct `layers` and `attention` of its row, or pass the model without a wrapper."
+            f"family `{family.model_type}` has its attention at {places} of the trunk, but "
+            f"{error}; correct `layers` and `attention` of its row, or pass the whole model without a wrapper."
         ) from error
     names = {module: name for name, module in model.named_modules()}
-    return [_site(index, names[module], module, family, config) for index, module in enumerate(modules)]
+    return [_site(index, names[block.module], block, family, config) for index, block in enumerate(blocks)]
 
 
-def _site(index: int, name: str, module: nn.Module, family: Family, config: Any) -> AttentionSite:
+def labelled_plan(sites: list[AttentionSite], groups: Iterable[tuple[Groups, Groups]]) -> DHAPlan:
+    """The plan of these key and value groups, one pair per attention block."""
+    rows = zip(sites, groups, strict=True)
+    layers = tuple(LayerPlan(keys, values, site.block, site.role) for site, (keys, values) in rows)
+    return DHAPlan(layers, sites[0].head_dim)
+
+
+def _site(index: int, name: str, block: Block, family: Family, config: Any) -> AttentionSite:
+    module = block.module
     for projection in (family.q, family.k, family.v, family.o):
         if not isinstance(get_path(module, projection, None), nn.Module):
             raise ValueError(
@@ -212,8 +225,8 @@ def _site(index: int, name: str, module: nn.Module, family: Family, config: Any)
             "only decoders without cross-attention can be converted."
         )
     dim = head_size(module, config)
-    site = AttentionSite(index, name, module, family, 0, 0, dim, rotary_size(family, module, config))
-    site.num_query_heads = config.num_attention_heads
+    heads, rotary = family.query_heads(config)[index], rotary_size(family, module, config)
+    site = AttentionSite(index, name, module, family, heads, 0, dim, rotary, block.name, block.role)
     fused = family.packing != "separate" and site.projection_name("key") == family.k
     site.num_heads = kv_heads(family, module, config) if fused else site.projection("key").weight.shape[0] // dim
     if site.num_heads < 2:

@@ -7,7 +7,7 @@ collapse cuts the weights by it, and the merged model's config carries it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 Groups = tuple[tuple[int, ...], ...]
@@ -15,11 +15,18 @@ Groups = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """Groups of one layer. A group is a sorted tuple of the base model's KV head indices; groups are ordered by
-    their first member, and every KV head is in exactly one group of each kind."""
+    """Groups of one layer, or rather of one attention block. A group is a sorted tuple of the base model's KV head indices;
+    groups are ordered by their first member, and every KV head is in exactly one group of each kind.
+
+    `name` is the block's path from the trunk, such as "decoder.layers.0.encoder_attn", or empty. `role` tells what is cached:
+    "self" (heads of every token), "cross" (heads of every source token) or "encoder" (nothing). Plans that differ in these
+    labels alone are equal.
+    """
 
     key_groups: Groups
     value_groups: Groups
+    name: str = field(default="", compare=False)
+    role: str = field(default="self", compare=False)
 
     def __post_init__(self) -> None:
         for kind in ("key_groups", "value_groups"):
@@ -84,17 +91,21 @@ class DHAPlan:
         """Share of the base's KV heads that is kept, in (0, 1]."""
         return self.heads_after / self.heads_before
 
-    def kv_bytes_per_token(self, bytes_per_value: int = 2) -> tuple[int, int]:
-        """Bytes of KV cache per token, (before, after), for elements of `bytes_per_value` bytes."""
-        unit = self.head_dim * bytes_per_value
-        return self.heads_before * unit, self.heads_after * unit
+    def kv_bytes_per_token(self, bytes_per_value: int = 2, role: str = "self") -> tuple[int, int]:
+        """Bytes of KV cache per token, (before, after), for elements of `bytes_per_value` bytes; with `role="cross"` per
+        token of an encoder's output."""
+        cached, unit = [layer for layer in self.layers if layer.role == role], self.head_dim * bytes_per_value
+        before = sum(2 * layer.num_heads for layer in cached)
+        return before * unit, sum(layer.num_key_heads + layer.num_value_heads for layer in cached) * unit
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and ints, ready for JSON."""
+        labels = {"names": [layer.name for layer in self.layers], "roles": [layer.role for layer in self.layers]}
         return {
             "head_dim": self.head_dim,
             "key_groups": [[list(g) for g in layer.key_groups] for layer in self.layers],
             "value_groups": [[list(g) for g in layer.value_groups] for layer in self.layers],
+            **(labels if any(labels["names"]) else {}),
         }
 
     @classmethod
@@ -107,20 +118,33 @@ class DHAPlan:
             raise ValueError(
                 f"`key_groups` has {key_layers} layers but `value_groups` has {value_layers}; both need one entry per layer."
             )
-        pairs = zip(data["key_groups"], data["value_groups"], strict=True)
-        return cls(tuple(LayerPlan(k, v) for k, v in pairs), int(data["head_dim"]))
+        names, roles = data.get("names", [""] * key_layers), data.get("roles", ["self"] * key_layers)
+        if len(names) != key_layers or len(roles) != key_layers:
+            raise ValueError(
+                f"the plan has {key_layers} layers but {len(names)} `names` and {len(roles)} `roles`; give one each, or none."
+            )
+        rows = zip(data["key_groups"], data["value_groups"], names, roles, strict=True)
+        return cls(tuple(LayerPlan(*row) for row in rows), int(data["head_dim"]))
 
     def table(self, bytes_per_value: int = 2) -> str:
         """Per layer: heads before, key heads and value heads after; then the KV cache per token."""
-        rows = ["layer  heads  key heads  value heads"]
-        for index, layer in enumerate(self.layers):
-            rows.append(f"{index:5d}  {layer.num_heads:5d}  {layer.num_key_heads:9d}  {layer.num_value_heads:11d}")
-        before, after = self.kv_bytes_per_token(bytes_per_value)
-        rows.append(
-            f"KV heads {self.heads_before} -> {self.heads_after} ({self.kept:.1%}), "
-            f"KV cache {before:,} -> {after:,} bytes per token"
-        )
+        labels = self._labels()
+        width = max(5, *map(len, labels))
+        rows = [f"{'layer':<{width}}  heads  key heads  value heads"]
+        for label, layer in zip(labels, self.layers, strict=True):
+            rows.append(
+                f"{label:>{width}}  {layer.num_heads:5d}  {layer.num_key_heads:9d}  {layer.num_value_heads:11d}"
+            )
+        rows.append(f"KV heads {self.heads_before} -> {self.heads_after} ({self.kept:.1%})")
+        for role, token in (("self", "token"), ("cross", "source token")):
+            before, after = self.kv_bytes_per_token(bytes_per_value, role)
+            rows[-1] += f", KV cache {before:,} -> {after:,} bytes per {token}" if before else ""
         return "\n".join(rows)
+
+    def _labels(self) -> list[str]:
+        """Numbers where every layer has one block, else names."""
+        several = len({layer.role for layer in self.layers}) > 1
+        return [layer.name if several else str(index) for index, layer in enumerate(self.layers)]
 
     def __str__(self) -> str:
         return self.table()

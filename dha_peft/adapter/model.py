@@ -9,10 +9,10 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from ..attention import KINDS, AttentionSite, find_attention
+from ..attention import KINDS, AttentionSite, find_attention, labelled_plan
 from ..fusion.collapse import SharedHeads, collapse
 from ..models import FAMILIES, Family, build_merged
-from ..plan import DHAPlan, LayerPlan
+from ..plan import DHAPlan
 from ..search import Analysis, analyse, check_budget
 from .config import DHAConfig
 from .layer import DHALayer
@@ -98,11 +98,8 @@ class DHAModel(BaseTuner):
 
     def plan(self, adapter_name: str = "default") -> DHAPlan:
         """The groups as the layers hold them now."""
-        layers = []
-        for site in self._sites:
-            groups = [_layer(site, kind).dha_fusion[adapter_name].groups for kind in KINDS]
-            layers.append(LayerPlan(*groups))
-        return DHAPlan(tuple(layers), self._sites[0].head_dim)
+        groups = [tuple(_layer(s, kind).dha_fusion[adapter_name].groups for kind in KINDS) for s in self._sites]
+        return labelled_plan(self._sites, groups)
 
     def tie_groups(self, adapter_name: str = "default") -> None:
         """Tie every group at once: from the identity this is the closed form, without any training."""
@@ -214,6 +211,11 @@ def check_plan(plan: DHAPlan, sites: list[AttentionSite]) -> None:
             f"the plan is for a base with {len(planned)} layers of {max(planned)} heads of {plan.head_dim}, but this model has "
             f"{len(actual)} layers of {max(actual)} heads of {sites[0].head_dim}; load the base that the adapter was made for."
         )
+    for layer, site in zip(plan.layers, sites, strict=True):
+        if layer.name and site.block != layer.name:
+            raise ValueError(
+                f"the plan names `{layer.name}` where this model has `{site.block}`; give the layers in the model's order."
+            )
 
 
 def _check_targets(sites: list[AttentionSite]) -> None:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..attention import AttentionSite
+from ..attention import AttentionSite, labelled_plan
 from ..fusion.grouping import GroupCurve
-from ..plan import DHAPlan, LayerPlan, contiguous_groups
+from ..plan import DHAPlan, contiguous_groups
 from ..search.analysis import SearchOptions, plan_counts
 
 RESERVE = 0.1
@@ -29,11 +29,11 @@ def uniform_plan(sites: list[AttentionSite], options: SearchOptions) -> DHAPlan:
         groups = [contiguous_groups(site.num_heads, count) for count in range(1, site.num_heads + 1)]
         curves.append(dict.fromkeys(("key", "value"), GroupCurve(groups, [0.0] * site.num_heads)))
     counts = plan_counts(curves, SearchOptions(**{**vars(options), "allocation": "uniform"}))
-    layers = [
-        LayerPlan(*(curve[kind].groups[count[kind] - 1] for kind in ("key", "value")))
+    groups = [
+        tuple(curve[kind].groups[count[kind] - 1] for kind in ("key", "value"))
         for curve, count in zip(curves, counts, strict=True)
     ]
-    return DHAPlan(tuple(layers), sites[0].head_dim)
+    return labelled_plan(sites, groups)
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,38 @@ TASKS: dict[str, str] = {
     "AutoModelForTokenClassification": "ForTokenClassification",
     "AutoModelForQuestionAnswering": "ForQuestionAnswering",
 }
+SEQ2SEQ = "ForConditionalGeneration"
 
 Packing = Literal["separate", "heads", "blocks", "codegen"]
 KeyNorm = Literal["", "head_rms", "head_layer", "all_rms"]
+Role = Literal["self", "cross", "encoder"]
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A list of layers with the attention blocks in each, for models with several such lists or blocks.
+
+    Attributes:
+        layers: attribute path from the trunk to the list of layers.
+        attention: path from a layer to each of its attention blocks, in the order in which they run, and its role: "self"
+            (cached per token), "cross" (cached once per source token) or "encoder" (not cached).
+        count: config field with the number of layers.
+        heads: config field with the number of query heads.
+    """
+
+    layers: str
+    attention: Mapping[str, Role]
+    count: str = "num_hidden_layers"
+    heads: str = "num_attention_heads"
+
+
+@dataclass(frozen=True)
+class Block:
+    """One attention block of a live model; `name` is its path from the trunk."""
+
+    name: str
+    role: Role
+    module: Any
 
 
 @dataclass(frozen=True)
@@ -33,6 +62,9 @@ class Family:
         prefix: start of the family's class names ("Llama" in `LlamaForCausalLM`).
         layers: attribute path from the trunk to the list of decoder layers.
         attention: attribute path from a decoder layer to its attention module.
+        stacks: instead of `layers` and `attention`, where there are several kinds of attention blocks (encoder-decoders).
+        seq2seq: Auto class of the conditional generation model of an encoder-decoder; empty for others.
+        source_mask: whether an encoder-decoder's `attention_mask` masks what its encoder's attention reads.
         q, k, v, o: paths of the projections inside the attention module; equal ones for a fused projection.
         packing: how a fused projection lies. "separate": three projections, heads one after the other. "heads": per
             KV head its queries, its key and its value. "blocks": all queries, all keys, all values. "codegen": four
@@ -56,6 +88,9 @@ class Family:
     prefix: str
     layers: str = "layers"
     attention: str = "self_attn"
+    stacks: tuple[Stack, ...] = ()
+    seq2seq: str = ""
+    source_mask: bool = True
     q: str = "q_proj"
     k: str = "k_proj"
     v: str = "v_proj"
@@ -99,12 +134,36 @@ class Family:
             return False
 
     def tasks(self) -> dict[str, str]:
-        """The entries of `TASKS` for which the family has a class."""
-        return {auto: ending for auto, ending in TASKS.items() if self.base_class(ending) is not None}
+        """Auto class -> ending, where the family has a class. A decoder taken out of an encoder-decoder is no task."""
+        tasks = TASKS
+        if self.seq2seq:
+            tasks = {auto: ending for auto, ending in TASKS.items() if ending != "ForCausalLM"} | {self.seq2seq: SEQ2SEQ}
+        return {auto: ending for auto, ending in tasks.items() if self.base_class(ending) is not None}
+
+    def parts(self) -> tuple[Stack, ...]:
+        """Where all attention blocks are."""
+        return self.stacks or (Stack(self.layers, {self.attention: "self"}),)
+
+    def blocks(self, trunk: Any) -> list[Block]:
+        """Attention blocks of a trunk (`model.base_model`), in the order in which they run."""
+        return [
+            Block(f"{stack.layers}.{index}.{path}", role, get_path(layer, path))
+            for stack in self.parts()
+            for index, layer in enumerate(get_path(trunk, stack.layers))
+            for path, role in stack.attention.items()
+        ]
 
     def attentions(self, trunk: Any) -> list[Any]:
-        """Attention modules of a trunk (`model.base_model`), in layer order."""
-        return [get_path(layer, self.attention) for layer in get_path(trunk, self.layers)]
+        """The modules of `blocks`."""
+        return [block.module for block in self.blocks(trunk)]
+
+    def query_heads(self, config: Any) -> list[int]:
+        """Query heads of every attention block, by the config."""
+        return [
+            heads
+            for stack in self.parts()
+            for heads in [getattr(config, stack.heads)] * (getattr(config, stack.count) * len(stack.attention))
+        ]
 
     def has_norm(self, attention: Any, kind: KeyNorm) -> bool:
         """Whether this attention module normalises its keys in this way."""
@@ -117,7 +176,8 @@ class Family:
 
 def head_size(attention: Any, config: Any) -> int:
     """Size of one head of an attention module."""
-    size = getattr(attention, "head_dim", None) or getattr(attention, "head_size", None)
+    names = ("head_dim", "head_size", "key_value_proj_dim")
+    size = next((getattr(attention, name) for name in names if getattr(attention, name, None)), None)
     return int(size or config.hidden_size // config.num_attention_heads)
 
 

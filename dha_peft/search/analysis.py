@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..attention import KINDS, AttentionSite, find_attention
+from ..attention import KINDS, AttentionSite, find_attention, labelled_plan
 from ..fusion.alignment import align_group
 from ..fusion.budget import cheapest_counts, total_heads, uniform_counts
 from ..fusion.grouping import GroupCurve, aligned_curve, contiguous_curve, similarity_curve
 from ..fusion.heads import FrameLayout, HeadMaps
 from ..fusion.moments import head_gram
 from ..fusion.similarity import cka_similarity
-from ..plan import DHAPlan, Groups, LayerPlan
+from ..plan import DHAPlan, Groups
 from .calibration import Statistics, collect_statistics
 
 
@@ -53,11 +53,11 @@ class Analysis:
     def plan(self, options: SearchOptions) -> DHAPlan:
         """Groups that meet the budget exactly (`sum(Hk + Hv) == round(head_budget * total)`)."""
         counts = plan_counts(self.curves, options)
-        layers = [
-            LayerPlan(*(curve[kind].groups[count[kind] - 1] for kind in KINDS))
+        groups = [
+            tuple(curve[kind].groups[count[kind] - 1] for kind in KINDS)
             for curve, count in zip(self.curves, counts, strict=True)
         ]
-        return DHAPlan(tuple(layers), self.sites[0].head_dim)
+        return labelled_plan(self.sites, groups)
 
     def frames(self, plan: DHAPlan) -> list[dict[str, Frames]]:
         """Closed-form frames of every layer's groups."""
