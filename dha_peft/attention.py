@@ -142,7 +142,7 @@ class AttentionSite:
             key = key / self.gains("key")[0, :, None]  # the merged model keeps this norm
         for name, kind, heads in (("q", "query", query), ("k", "key", key), ("v", "value", weights.value)):
             rows = heads.flatten(0, 1)
-            flat[name] = rows[:, :-1] if self.has_bias else rows
+            flat[name] = rows[:, : self.input_size]
             if getattr(self.projection(kind), "bias", None) is not None:
                 flat[f"{name}_bias"] = rows[:, -1]
         if getattr(self.projection("output"), "bias", None) is not None:

@@ -13,9 +13,10 @@ from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .cache_view import CacheView, GatherView, update_paged
+from .cache_view import CacheView, GatherView, PairView, update_paged
 from .decode import decode_attention, takes_grouped_path
 from .family import Family, get_path, head_size, rotary_pairs, rotary_size, set_path
 from .maps import HeadMaps
@@ -75,11 +76,16 @@ class DhaAttention(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         for name in self.dha_cache_arguments:
-            if self.dha_gather:
-                kwargs[name] = GatherView(kwargs.get(name), self.dha_maps, expand=not self.dha_dispatch)
-            elif kwargs.get(name) is not None:
-                kwargs[name] = CacheView(kwargs[name])
+            cache = kwargs.get(name)
+            if isinstance(cache, EncoderDecoderCache):
+                kwargs[name] = PairView(cache, self.dha_view)
+            elif cache is not None or self.dha_gather:
+                kwargs[name] = self.dha_view(cache)
         return super().forward(*args, **kwargs)
+
+    def dha_view(self, cache: Any) -> CacheView:
+        """The cache as the family's forward sees it."""
+        return GatherView(cache, self.dha_maps, expand=not self.dha_dispatch) if self.dha_gather else CacheView(cache)
 
 
 def dha_attention(
@@ -148,7 +154,7 @@ def convert_attention(attention: nn.Module, family: Family, config: Any, layer_i
     _replace_norms(attention, family, config, maps)
     for name, module in _projections(attention, family, maps).items():
         set_path(attention, name, module)
-    heads = config.num_attention_heads
+    heads = len(maps.keys)
     for name in ("num_key_value_heads", "num_kv_heads", "kv_heads"):
         if family.gather and hasattr(attention, name):
             setattr(attention, name, heads)

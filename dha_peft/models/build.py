@@ -45,7 +45,8 @@ def build_merged(
     family = family_of(base_model.config.model_type)
     sources = family.attentions(base_model.base_model)
     _check_base(base_model, plan, layer_weights, [kv_heads(family, source, base_model.config) for source in sources])
-    orders = [_query_order(layer, base_model.config.num_attention_heads, family) for layer in plan.layers]
+    queries = family.query_heads(base_model.config)
+    orders = [_query_order(layer, count, family) for layer, count in zip(plan.layers, queries, strict=True)]
     with torch.device("meta"):
         merged = _merged_class(base_model, family)(_merged_config(base_model.config, family, plan, orders))
     targets = family.attentions(merged.base_model)
@@ -62,7 +63,7 @@ def _check_base(base: PreTrainedModel, plan: DHAPlan, layer_weights: Sequence[La
         raise ValueError(
             "the base model is quantized, and heads are fused in full precision; call `dequantize()` first."
         )
-    layers = config.num_hidden_layers
+    layers = len(heads)
     if len(plan.layers) != layers or len(layer_weights) != layers:
         raise ValueError(
             f"the base has {layers} layers, the plan {len(plan.layers)} and `layer_weights` {len(layer_weights)}; "
@@ -86,10 +87,10 @@ def _merged_config(base_config: Any, family: Family, plan: DHAPlan, orders: list
     fields = copy.deepcopy(base_config.to_dict())
     for name in ("model_type", "architectures", "transformers_version", "auto_map"):
         fields.pop(name, None)
-    heads = base_config.num_attention_heads
+    pairs = list(zip(plan.layers, orders, strict=True))
     maps = {
-        "key_head_map": [_reordered(layer.key_map(heads), order) for layer, order in zip(plan.layers, orders)],
-        "value_head_map": [_reordered(layer.value_map(heads), order) for layer, order in zip(plan.layers, orders)],
+        "key_head_map": [_reordered(layer.key_map(len(order)), order) for layer, order in pairs],
+        "value_head_map": [_reordered(layer.value_map(len(order)), order) for layer, order in pairs],
     }
     config = CONFIGS[family.merged_type](**fields, **maps, dha_plan=plan.to_dict())
     config._attn_implementation = base_config._attn_implementation

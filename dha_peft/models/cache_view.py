@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers.cache_utils import StaticLayer
+from transformers.cache_utils import EncoderDecoderCache, StaticLayer
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.utils import is_torchdynamo_compiling
 
@@ -59,6 +60,15 @@ class GatherView(CacheView):
 
     def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
         return 0 if self.cache is None else self.cache.get_seq_length(*args, **kwargs)
+
+
+class PairView(EncoderDecoderCache):
+    """The two caches of an encoder-decoder, each seen through a view; what is noted on this one is noted on the cache."""
+
+    def __init__(self, cache: EncoderDecoderCache, view: Callable[[Any], CacheView]) -> None:
+        self.self_attention_cache = view(cache.self_attention_cache)
+        self.cross_attention_cache = view(cache.cross_attention_cache)
+        self.is_updated = cache.is_updated
 
 
 def allocate_static(layer: StaticLayer, keys: Tensor, values: Tensor) -> None:

@@ -45,7 +45,8 @@ class DhaConfigMixin:
         self.value_head_map = self._checked("value_head_map", value_head_map)
         self.num_key_heads = _counts("num_key_heads", num_key_heads, self.key_head_map)
         self.num_value_heads = _counts("num_value_heads", num_value_heads, self.value_head_map)
-        self.num_key_value_heads = max(self.num_key_heads + self.num_value_heads)
+        if "num_key_value_heads" not in self.attribute_map:
+            self.num_key_value_heads = max(self.num_key_heads + self.num_value_heads)
         self.dha_plan = dha_plan
         if self.dha_family.ships:
             self.auto_map = auto_map(self.dha_family)
@@ -53,18 +54,17 @@ class DhaConfigMixin:
         self._set_per_layer_config()
 
     def _checked(self, name: str, head_map: HeadMap | None) -> HeadMap:
-        heads, layers = self.num_attention_heads, self.num_hidden_layers
+        heads = self.dha_family.query_heads(self)
         if head_map is None:
-            kv_heads = base_kv_heads(self) or heads
-            return [[query * kv_heads // heads for query in range(heads)] for _ in range(layers)]
-        if len(head_map) != layers:
+            return [[query * (base_kv_heads(self) or count) // count for query in range(count)] for count in heads]
+        if len(head_map) != len(heads):
             raise ValueError(
-                f"`{name}` has {len(head_map)} layers, but `num_hidden_layers` is {layers}; give one list each."
+                f"`{name}` has {len(head_map)} layers, but the config has {len(heads)} of them; give one list each."
             )
         for index, row in enumerate(head_map):
-            if len(row) != heads or set(row) != set(range(max(row) + 1)):
+            if len(row) != heads[index] or set(row) != set(range(max(row) + 1)):
                 raise ValueError(
-                    f"`{name}[{index}]` is {row}; it needs {heads} entries, one per query head, "
+                    f"`{name}[{index}]` is {row}; it needs {heads[index]} entries, one per query head, "
                     "and every head from 0 to the largest must be read by some query head."
                 )
         return [[int(head) for head in row] for row in head_map]
@@ -79,7 +79,9 @@ class DhaConfigMixin:
 
 
 def base_kv_heads(config: Any) -> int | None:
-    """`num_key_value_heads` of a config whose layers may differ; None if it has no such field."""
+    """`num_key_value_heads` of a config whose layers may differ; None if it has no such field of its own."""
+    if "num_key_value_heads" in config.attribute_map:  # Whisper's is another name for its encoder's query heads
+        return None
     read = getattr(config, "_getattr_without_heterogeneous_validation", None)
     try:
         return read("num_key_value_heads") if read else config.num_key_value_heads
@@ -104,10 +106,11 @@ def _replicated_attention(family: Family, plan: dict[str, str] | None) -> dict[s
     """Head maps reach across ranks, so tensor parallelism gathers the attention's projections."""
     if plan is None:
         return None
+    paths = [path for stack in family.parts() for path in stack.attention]
     if family.gather:
-        return {key: style for key, style in plan.items() if f".{family.attention}." not in key}
-    inputs = tuple(f".{family.attention}.{name}" for name in (family.q, family.k, family.v))
-    output = f".{family.attention}.{family.o}"
+        return {key: style for key, style in plan.items() if not any(f".{path}." in key for path in paths)}
+    inputs = tuple(f".{path}.{name}" for path in paths for name in (family.q, family.k, family.v))
+    output = tuple(f".{path}.{family.o}" for path in paths)
     styles = {key: "colwise_gather_output" if key.endswith(inputs) else style for key, style in plan.items()}
     return {key: "rowwise_split_input" if key.endswith(output) else style for key, style in styles.items()}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .family import Family, get_path, head_size, rotary_pairs, rotary_size
+from .family import Family, Stack, get_path, head_size, rotary_pairs, rotary_size
 
 _NEOX = {"q": "query_key_value", "k": "query_key_value", "v": "query_key_value", "o": "dense"}
 _GPT2 = {"layers": "h", "attention": "attn", "q": "c_attn", "k": "c_attn", "v": "c_attn", "o": "c_proj"}
@@ -13,6 +13,12 @@ _GEMMA3 = {
     "Model": "Gemma3TextModel",
     "ForSequenceClassification": "Gemma3TextForSequenceClassification",
 }
+_BART = (
+    Stack("encoder.layers", {"self_attn": "encoder"}, "encoder_layers", "encoder_attention_heads"),
+    Stack(
+        "decoder.layers", {"self_attn": "self", "encoder_attn": "cross"}, "decoder_layers", "decoder_attention_heads"
+    ),
+)
 # Forwards that want every head, and that compute attention themselves.
 _OWN = {"gather": True, "dispatch": False, "reorder": False}
 
@@ -58,8 +64,14 @@ ROWS: tuple[Family, ...] = (
     ),
     # Encoders: no cache; the merged model has fewer weights.
     Family(
-        "bert", "Bert", layers="encoder.layer", attention="attention", position="none",
+        "bert", "Bert", stacks=(Stack("encoder.layer", {"attention": "encoder"}),), position="none",
         q="self.query", k="self.key", v="self.value", o="output.dense", **_OWN,
+    ),
+    # Encoder-decoders: attention of the encoder, of the decoder, and between them.
+    Family("bart", "Bart", stacks=_BART, seq2seq="AutoModelForSeq2SeqLM", o="out_proj", position="none"),
+    Family(
+        "whisper", "Whisper", stacks=_BART, seq2seq="AutoModelForSpeechSeq2Seq", source_mask=False,
+        o="out_proj", position="none", gather=True,
     ),
 )  # fmt: skip
 

@@ -15,7 +15,7 @@ from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from .attention import convert_attention
 from .configuration_dha import CONFIGS, add_config
 from .families import FAMILIES
-from .family import Family
+from .family import SEQ2SEQ, Family
 from .maps import HeadMaps
 from .norms import QueryTurn, SharedNorm
 from .packing import HeadLinear
@@ -75,7 +75,7 @@ def _classes(family: Family) -> dict[str, type]:
     body = {"__module__": __name__, "dha_family": family, "config_class": CONFIGS[family.merged_type]}
     classes: dict[str, type] = {}
     for auto, ending in family.tasks().items():
-        bases = (DhaMixin, family.base_class(ending)) + ((GenerationMixin,) if ending == "ForCausalLM" else ())
+        bases = (DhaMixin, family.base_class(ending)) + ((GenerationMixin,) if ending in ("ForCausalLM", SEQ2SEQ) else ())
         cls = type(
             f"Dha{family.prefix}{ending}", bases, {**body, "__doc__": f"{family.prefix}{ending} with fused heads."}
         )

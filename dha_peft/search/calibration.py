@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from ..attention import AttentionSite
 from ..fusion.moments import MomentAccumulator, identity_moment, output_metric, query_metric
+from ..models import Family
 
 Batch = dict[str, Any]
 
@@ -48,11 +49,11 @@ def collect_statistics(
             stacklevel=3,
         )
         return _weights_only(sites)
-    moments = [_accumulator(site) for site in sites]
+    moments = [_Moments(site) for site in sites]
     fisher = [_FisherAccumulator(site) for site in sites]
-    tokens = _run(model, sites, _checked(data), moments, fisher, gradient_tokens)
-    means = [moment.mean() for moment in moments]
-    metrics = [weight_metrics(s, m) for s, m in zip(sites, means, strict=True)]
+    tokens = _run(model, sites, _checked(data, needed_names(model, sites[0].family)), moments, fisher, gradient_tokens)
+    means = [moment.keys.mean() for moment in moments]
+    metrics = [weight_metrics(s, m.queries.mean()) for s, m in zip(sites, moments, strict=True)]
     if fisher[0].count:
         metrics = [_blend(f.metrics(), own) for f, own in zip(fisher, metrics, strict=True)]
     return Statistics(means, metrics, tokens, in_nats=bool(fisher[0].count))
@@ -69,7 +70,7 @@ def _trace(metric: Tensor) -> Tensor:
 
 
 def weight_metrics(site: AttentionSite, moment: Tensor) -> dict[str, Tensor]:
-    """METHOD's metrics, from weights and moments: query energy for keys, output weights for values."""
+    """METHOD's metrics, from weights and the moment of what the queries see: query energy for keys, output weights for values."""
     weights = site.weights().to(moment.device)
     return {"key": query_metric(weights, moment), "value": output_metric(weights)}
 
@@ -82,8 +83,28 @@ def _weights_only(sites: list[AttentionSite]) -> Statistics:
     return Statistics(moments, [weight_metrics(s, m) for s, m in zip(sites, moments, strict=True)])
 
 
-def _accumulator(site: AttentionSite) -> MomentAccumulator:
-    return MomentAccumulator(site.input_size, site.has_bias, site.projection("key").weight.device)
+class _Moments:
+    """Moments of what enters one block's keys and its queries: the same, except in cross-attention."""
+
+    def __init__(self, site: AttentionSite) -> None:
+        device = site.projection("key").weight.device
+        self.site, self.keys = site, MomentAccumulator(site.input_size, site.has_bias, device)
+        self.queries = self.keys
+        if site.role == "cross":
+            self.queries = MomentAccumulator(site.input_size, site.has_bias, device)
+
+    def watch(self, masks: dict[str, Tensor | None]) -> list[Any]:
+        """Hooks that feed the accumulators; padding, by the mask of each role, does not count."""
+        source = "encoder" if self.site.role == "cross" else self.site.role
+        handles = [self._hook("key", self.keys, masks[source])]
+        return handles if self.queries is self.keys else [*handles, self._hook("query", self.queries, masks["self"])]
+
+    def _hook(self, kind: str, moment: MomentAccumulator, mask: Tensor | None) -> Any:
+        def hook(_module, inputs):
+            rows = inputs[0].detach().flatten(0, -2)
+            moment.add(rows if mask is None else rows[mask.flatten().bool()])
+
+        return self.site.projection(kind).register_forward_pre_hook(hook)
 
 
 class _FisherAccumulator:
@@ -108,8 +129,8 @@ def _run(model, sites, data, moments, fisher, gradient_tokens: int) -> int:
     try:
         for batch in tqdm(data, desc="calibrating", unit="batch", disable=None):
             batch = {key: value.to(_device(model)) for key, value in batch.items() if isinstance(value, torch.Tensor)}
-            inputs = {key: batch[key] for key in ("input_ids", "attention_mask") if key in batch}
-            with _recording(sites, moments, inputs.get("attention_mask")):
+            inputs = {key: batch[key] for key in input_names(model, sites[0].family) if key in batch}
+            with _recording(moments, _masks(inputs, sites[0].family)):
                 backwards = fisher[0].count < gradient_tokens
                 counted = _backward(model, sites, inputs, fisher) if backwards else _forward(model, sites, inputs)
             tokens += counted
@@ -150,7 +171,7 @@ def _backward(model: nn.Module, sites, inputs: Batch, fisher: list[_FisherAccumu
             logits = getattr(model(**inputs, use_cache=False), "logits", None)
         if logits is None or logits.dim() != 3:
             return _count(inputs)
-        logits.backward(_sampled_gradient(logits, inputs.get("attention_mask")))
+        logits.backward(_sampled_gradient(logits, _masks(inputs, sites[0].family)["self"]))
         for f in fisher:
             f.count += _count(inputs)
     finally:
@@ -188,17 +209,9 @@ def _gradient_hooks(site: AttentionSite, fisher: _FisherAccumulator):
 
 
 @contextmanager
-def _recording(sites, moments, mask: Tensor | None) -> Iterator[None]:
-    """Feed the inputs of every key projection into its accumulator; padding does not count."""
-
-    def watch(moment: MomentAccumulator):
-        def hook(_module, inputs):
-            rows = inputs[0].detach().flatten(0, -2)
-            moment.add(rows if mask is None else rows[mask.flatten().bool()])
-
-        return hook
-
-    handles = [s.projection("key").register_forward_pre_hook(watch(m)) for s, m in zip(sites, moments, strict=True)]
+def _recording(moments: list[_Moments], masks: dict[str, Tensor | None]) -> Iterator[None]:
+    """Feed the inputs of the projections into the accumulators."""
+    handles = [handle for moment in moments for handle in moment.watch(masks)]
     try:
         yield
     finally:
@@ -206,14 +219,36 @@ def _recording(sites, moments, mask: Tensor | None) -> Iterator[None]:
             handle.remove()
 
 
-def _checked(data: Iterable[Batch]) -> Iterator[Batch]:
+def needed_names(model: nn.Module, family: Family) -> tuple[str, ...]:
+    """What a batch must have. Decoders of models of text make their own inputs from those of the encoder."""
+    name = getattr(model, "main_input_name", "input_ids")
+    return (name, "decoder_input_ids") if family.seq2seq and name != "input_ids" else (name,)
+
+
+def input_names(model: nn.Module, family: Family) -> tuple[str, ...]:
+    """What of a batch goes into the model."""
+    names = (*needed_names(model, family), "attention_mask")
+    return (*names, "decoder_input_ids", "decoder_attention_mask") if family.seq2seq else names
+
+
+def _masks(inputs: Batch, family: Family) -> dict[str, Tensor | None]:
+    """Which positions count, by role: those of tokens that are attended to in turn, and those of an encoder."""
+    mask = inputs.get("attention_mask")
+    if not family.seq2seq:
+        return {"self": mask, "encoder": mask}
+    decoder = inputs.get("decoder_attention_mask") if "decoder_input_ids" in inputs else mask
+    return {"self": decoder, "encoder": mask if family.source_mask else None}
+
+
+def _checked(data: Iterable[Batch], names: tuple[str, ...]) -> Iterator[Batch]:
     empty = True
     for batch in data:
-        if not hasattr(batch, "keys") or "input_ids" not in batch:
+        missing = [name for name in names if not hasattr(batch, "keys") or name not in batch]
+        if missing:
             found = sorted(batch.keys()) if hasattr(batch, "keys") else type(batch).__name__
             raise ValueError(
-                f"a batch of `calibration_data` has no `input_ids` (it has {found}); yield dicts with `input_ids` "
-                "[batch, length] and, if padded, `attention_mask`."
+                f"a batch of `calibration_data` has no `{missing[0]}` (it has {found}); yield dicts with "
+                f"`{'`, `'.join(names)}` (token ids are [batch, length]) and, if padded, `attention_mask`."
             )
         empty = False
         yield batch
@@ -241,5 +276,7 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def _count(inputs: Batch) -> int:
-    mask = inputs.get("attention_mask")
-    return inputs["input_ids"].numel() if mask is None else int(mask.sum())
+    """Tokens of a batch; of the decoder's if there are two kinds."""
+    kind = "decoder_" if "decoder_input_ids" in inputs else ""
+    mask = inputs.get(f"{kind}attention_mask")
+    return inputs[f"{kind}input_ids"].numel() if mask is None else int(mask.sum())
