@@ -183,8 +183,8 @@ def find_attention(model: nn.Module) -> list[AttentionSite]:
     """Every attention block of a supported model, in layer order.
 
     Raises:
-        ValueError: the model has no `config.model_type`, its type is not supported or is already converted, or a block
-            lacks a key or value projection (as in multi-head latent attention).
+        ValueError: the model has no `config.model_type`, its type is not supported or is already converted, a block lacks
+            a key or value projection (as in multi-head latent attention), has one KV head, or heads of another size.
     """
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "model_type"):
@@ -201,7 +201,14 @@ def find_attention(model: nn.Module) -> list[AttentionSite]:
             f"{error}; correct `layers` and `attention` of its row, or pass the whole model without a wrapper."
         ) from error
     names = {module: name for name, module in model.named_modules()}
-    return [_site(index, names[block.module], block, family, config) for index, block in enumerate(blocks)]
+    sites = [_site(index, names[block.module], block, family, config) for index, block in enumerate(blocks)]
+    odd = next((site for site in sites if site.head_dim != sites[0].head_dim), sites[0])
+    if odd is not sites[0]:
+        raise ValueError(
+            f"heads of `{odd.name}` have {odd.head_dim} dimensions and those of `{sites[0].name}` {sites[0].head_dim}, but a "
+            "budget counts equal heads; only models with one head size can be converted."
+        )
+    return sites
 
 
 def labelled_plan(sites: list[AttentionSite], groups: Iterable[tuple[Groups, Groups]]) -> DHAPlan:

@@ -137,7 +137,9 @@ class Family:
         """Auto class -> ending, where the family has a class. A decoder taken out of an encoder-decoder is no task."""
         tasks = TASKS
         if self.seq2seq:
-            tasks = {auto: ending for auto, ending in TASKS.items() if ending != "ForCausalLM"} | {self.seq2seq: SEQ2SEQ}
+            tasks = {auto: ending for auto, ending in TASKS.items() if ending != "ForCausalLM"} | {
+                self.seq2seq: SEQ2SEQ
+            }
         return {auto: ending for auto, ending in tasks.items() if self.base_class(ending) is not None}
 
     def parts(self) -> tuple[Stack, ...]:

@@ -24,7 +24,7 @@ CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "no_repeat_ngram_size": 1}
 AUTOS = {"bart": "AutoModelForSeq2SeqLM", "whisper": "AutoModelForSpeechSeq2Seq"}
 FRAMES = 24
-# The decoder has other counts of layers and heads than the encoder; its heads are larger, too, which no plan can say.
+# Encoder and decoder differ in their number of layers.
 SIZES = {
     "d_model": HEADS * HEAD_DIM, "vocab_size": VOCAB, "init_std": 0.3, "encoder_layers": 1, "decoder_layers": 2,
     "encoder_attention_heads": HEADS, "decoder_attention_heads": HEADS, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48,
@@ -90,3 +90,117 @@ def test_encoder_decoder(family: str, attn: str, tmp_path: Path):
     torch.testing.assert_close(merged(**batch).logits, tied, **CLOSE)
     for options, expected in zip(roads, tokens, strict=True):
         assert torch.equal(merged.generate(**inputs, **GREEDY, **options), expected), options
+    assert type(merged).__name__ == f"Dha{type(base).__name__}" and merged.config._attn_implementation == attn
+    assert sum(p.numel() for p in merged.parameters()) < sum(p.numel() for p in make_base(family).parameters())
+
+    cache = pair_cache(merged)
+    merged(**batch, past_key_values=cache)
+    roles = {"self": cache.self_attention_cache, "cross": cache.cross_attention_cache}
+    for role, held in roles.items():
+        planned = [(row.num_key_heads, row.num_value_heads) for row in plan.layers if row.role == role]
+        assert [(layer.keys.shape[1], layer.values.shape[1]) for layer in held.layers] == planned
+        unit = sum(t.shape[1] * t.shape[3] * 4 for layer in held.layers for t in (layer.keys, layer.values))
+        assert plan.kv_bytes_per_token(4, role)[1] == unit
+    assert plan.heads_after == round(plan.heads_before / 2) and len(plan.layers) == 5
+
+    merged.save_pretrained(tmp_path)
+    loaded = getattr(transformers, AUTOS[family]).from_pretrained(tmp_path, attn_implementation=attn)
+    assert type(loaded) is type(merged)
+    torch.testing.assert_close(loaded(**batch).logits, merged(**batch).logits, atol=1e-5, rtol=1e-5)
+    assert DHAPlan.from_dict(loaded.config.dha_plan).table() == plan.table()
+
+
+# `sys.modules["dha_peft"] = None` makes every import of the package fail.
+WITHOUT_PACKAGE = """
+import sys
+sys.modules["dha_peft"] = None
+import json, torch, transformers
+for folder, auto in json.load(open(sys.argv[1])):
+    model = getattr(transformers, auto).from_pretrained(folder, trust_remote_code=True)
+    assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
+    batch, inputs, greedy = torch.load(folder + "/inputs.pt")
+    with torch.no_grad():
+        torch.save((model(**batch).logits, model.generate(**inputs, **greedy)), folder + "/outputs.pt")
+"""
+
+
+def test_reload_in_another_process_without_the_package(tmp_path: Path):
+    jobs = []
+    for family, auto in AUTOS.items():
+        folder = tmp_path / family
+        convert(make_base(family), DHAConfig(head_budget=0.5), [make_batch(family)]).save_pretrained(folder)
+        torch.save((make_batch(family), make_inputs(family), GREEDY), folder / "inputs.pt")
+        jobs.append((str(folder), auto))
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", WITHOUT_PACKAGE, str(tmp_path / "jobs.json")]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for family, auto in AUTOS.items():
+        here = getattr(transformers, auto).from_pretrained(tmp_path / family)
+        logits, tokens = torch.load(tmp_path / family / "outputs.pt")
+        with torch.no_grad():
+            torch.testing.assert_close(here(**make_batch(family)).logits, logits, atol=1e-5, rtol=1e-5)
+            assert torch.equal(here.generate(**make_inputs(family), **GREEDY), tokens)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", AUTOS)
+def test_planted_pairs_are_found_and_fused_for_nothing(family: str):
+    base = make_base(family)
+    sites = find_attention(base)
+    assert [site.role for site in sites] == ["encoder", "self", "cross", "self", "cross"]
+    torch.manual_seed(2)
+    pairs = [[plant(site, kind) for kind in ("key", "value")] for site in sites]
+    small = convert(base, DHAConfig(head_budget=0.5, allocation="uniform"), [make_batch(family, 16)])
+    plan = DHAPlan.from_dict(small.config.dha_plan)
+    assert [[layer.key_groups, layer.value_groups] for layer in plan.layers] == pairs
+    batch = make_batch(family)
+    torch.testing.assert_close(small(**batch).logits, base(**batch).logits, atol=1e-3, rtol=0)
+
+
+def test_every_trainable_parameter_gets_a_gradient():
+    for family in AUTOS:
+        adapted = get_dha_model(make_base(family), DHAConfig(head_budget=0.5), [make_batch(family)])
+        labels = make_batch(family)["decoder_input_ids"]
+        adapted(**make_inputs(family), labels=labels).loss.backward()
+        trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+        assert trained and all(parameter.grad is not None for parameter in trained)
+
+
+@torch.no_grad()
+def test_padding_does_not_count():
+    """Tokens under the padding change neither moments nor metrics, in encoder, decoder and between them."""
+    from dha_peft.search.calibration import collect_statistics
+
+    base, batch = make_base("bart"), make_batch("bart")
+    sites = find_attention(base)
+    found = []
+    for filler in (0, 9):
+        ids = {name: batch[name].masked_fill(batch[mask] == 0, filler) for name, mask in (
+            ("input_ids", "attention_mask"), ("decoder_input_ids", "decoder_attention_mask"))}  # fmt: skip
+        found.append(collect_statistics(base, sites, [{**batch, **ids}]))
+    for first, second in zip(found[0].moments, found[1].moments, strict=True):
+        torch.testing.assert_close(first, second)
+    for first, second in zip(found[0].metrics, found[1].metrics, strict=True):
+        torch.testing.assert_close(first, second)
+    assert found[0].tokens == 12
+
+
+def test_what_is_not_supported_is_refused():
+    small = DHAConfig(head_budget=0.5)
+    with pytest.raises(ValueError, match="decoder.layers.0.self_attn` have 16 dimensions.*one head size"):
+        convert(make_base("bart", decoder_attention_heads=HEADS // 2), small)
+    with pytest.raises(ValueError, match=r"`encoder.layers.\*.self_attn`.*no attribute 'encoder'.*whole model"):
+        convert(make_base("bart", auto="AutoModelForCausalLM"), small)
+    with pytest.raises(
+        ValueError, match="no `decoder_input_ids`.*yield dicts with `input_features`, `decoder_input_ids`"
+    ):
+        convert(make_base("whisper"), small, [make_inputs("whisper")])
+    base = make_base("bart")
+    plan = convert(base, small, [make_batch("bart")]).config.dha_plan
+    swapped = {name: rows[::-1] if isinstance(rows, list) else rows for name, rows in plan.items()}
+    with pytest.raises(
+        ValueError, match="the plan names `decoder.layers.1.encoder_attn` where this model has `encoder"
+    ):
+        convert(base, DHAConfig(plan=swapped))
