@@ -50,17 +50,30 @@ def load_config(model: str) -> Any:
     return AutoConfig.from_pretrained(str(path.parent) if path.is_file() else model)
 
 
+def check_causal(config: Any) -> None:
+    """Raise ValueError for a family without a causal language model, such as an encoder-decoder."""
+    from ..models import FAMILIES
+
+    family = FAMILIES.get(config.model_type.removeprefix("dha_"))
+    if family is not None and "AutoModelForCausalLM" not in family.tasks():
+        raise ValueError(
+            f"`{config.model_type}` has no causal language model, and the commands calibrate and measure only these; convert "
+            "it from Python with `dha_peft.convert` (see docs/families.md)."
+        )
+
+
 def skeleton(config: Any) -> nn.Module:
     """The model of a config on the meta device: shapes without memory. Refuses what cannot be converted.
 
     Raises:
-        ValueError: an unsupported or already converted model type.
+        ValueError: an unsupported or already converted model type, or one without a causal language model.
     """
     from transformers import AutoModelForCausalLM
 
     from ..models import family_of
 
     family_of(config.model_type)
+    check_causal(config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     find_attention(model)
@@ -68,9 +81,14 @@ def skeleton(config: Any) -> nn.Module:
 
 
 def load_model(name: str, run: Run) -> nn.Module:
-    """A causal model in eval mode on the run's device. Merged models load without a trust flag, as the package is imported."""
+    """A causal model in eval mode on the run's device. Merged models load without a trust flag, as the package is imported.
+
+    Raises:
+        ValueError: a family without a causal language model.
+    """
     from transformers import AutoModelForCausalLM
 
+    check_causal(load_config(name))
     dtype = dtype_of(run)
     options = {} if dtype is None else {"dtype": dtype}
     if dtype is None:

@@ -58,6 +58,10 @@ def test_unsupported_and_missing_models(dha, tmp_path):
     for model, words in ((tmp_path, "t5"), (tmp_path / "no", "does not exist")):
         status, _, err = dha("plan", model)
         assert status == 1 and words in err
+    (tmp_path / "config.json").write_text('{"model_type": "bart"}')
+    for command in ("plan", "convert"):
+        status, _, err = dha(command, tmp_path, *(("-o", tmp_path / "out") if command == "convert" else ()))
+        assert status == 1 and "no causal language model" in err
 
 
 def test_convert_writes_a_whole_result(result, dha):
