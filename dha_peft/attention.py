@@ -238,6 +238,7 @@ def _site(index: int, name: str, block: Block, family: Family, config: Any) -> A
     site.num_heads = kv_heads(family, module, config) if fused else site.projection("key").weight.shape[0] // dim
     if site.num_heads < 2:
         raise ValueError(
-            f"`{name}` has one key and one value head (multi-query attention), so there is nothing to fuse."
+            f"`{name}` has one key head and one value head already (multi-query attention); each layer needs one of each, so no "
+            "budget can shrink its keys and values further; choose a base with more KV heads."
         )
     return site

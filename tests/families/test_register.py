@@ -85,9 +85,29 @@ def test_what_has_nothing_to_fuse_is_refused():
     cross = GPT2LMHeadModel(GPT2Config(add_cross_attention=True, **sizes))
     with pytest.raises(ValueError, match="cross-attention"):
         convert(cross, DHAConfig())
-    single = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt_bigcode", multi_query=True, **sizes))
-    with pytest.raises(ValueError, match="one key and one value head"):
-        convert(single, DHAConfig())
+
+
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("gpt_bigcode", {"multi_query": True}),
+        ("falcon", {"multi_query": True}),
+        ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 1}),
+        ("gemma", {"num_key_value_heads": 1, "head_dim": 8}),
+    ],
+)
+def test_multi_query_attention_cannot_shrink(family: str, fields: dict):
+    sizes = {
+        "vocab_size": 8,
+        "hidden_size": 16,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    single = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes, **fields))
+    for door in (convert, get_dha_model):
+        with pytest.raises(ValueError, match="one key head and one value head already.*no budget can shrink"):
+            door(single, DHAConfig())
 
 
 def test_wrong_rows_say_what_is_wrong():
