@@ -17,6 +17,7 @@ from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache_view import CacheView, GatherView, PairView, update_paged
+from .core import unexpanded
 from .decode import decode_attention, takes_grouped_path
 from .family import Family, get_path, head_size, rotary_pairs, rotary_size, set_path
 from .maps import HeadMaps
@@ -72,7 +73,7 @@ class DhaAttention(nn.Module):
 
     dha_maps: HeadMaps
     dha_gather = False
-    dha_dispatch = True
+    dha_expand = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         for name in self.dha_cache_arguments:
@@ -85,7 +86,7 @@ class DhaAttention(nn.Module):
 
     def dha_view(self, cache: Any) -> CacheView:
         """The cache as the family's forward sees it."""
-        return GatherView(cache, self.dha_maps, expand=not self.dha_dispatch) if self.dha_gather else CacheView(cache)
+        return GatherView(cache, self.dha_maps, expand=self.dha_expand) if self.dha_gather else CacheView(cache)
 
 
 def dha_attention(
@@ -119,9 +120,10 @@ def dha_attention(
             )
         key, value = update_paged(kwargs.pop("cache"), key, value, module, kwargs)
     # With a key and a value head for every query head there is nothing to group.
-    fused = min(maps.num_key_heads, maps.num_value_heads) < query.shape[1]
+    fused, softcap = min(maps.num_key_heads, maps.num_value_heads) < query.shape[1], kwargs.get("softcap")
+    fused = fused and not (softcap and name == "sdpa")  # which caps nothing, or refuses to
     if fused and takes_grouped_path(query, key, attention_mask, dropout, kwargs):
-        return decode_attention(query, key, value, maps, scaling, attention_mask, weights=name == "eager")
+        return decode_attention(query, key, value, maps, scaling, attention_mask, name == "eager", softcap=softcap)
     key, value = maps.expand(key, value)
     function = ALL_ATTENTION_FUNCTIONS.get_interface(name, module.eager_attention)
     return function(StockView(module), query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
@@ -131,11 +133,13 @@ ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, dha_attention)
 
 
 @cache
-def attention_class(base: type) -> type:
-    """`Dha<...>`: a family's attention class with `DhaAttention` before it."""
+def attention_class(base: type, core: str = "") -> type:
+    """`Dha<...>`: a family's attention class with `DhaAttention` before it, and its method `core` on un-expanded heads."""
     eager = getattr(sys.modules[base.__module__], "eager_attention_forward", None)
     arguments = tuple(name for name in inspect.signature(base.forward).parameters if name in _CACHE_ARGUMENTS)
     body = {"__module__": __name__, "eager_attention": staticmethod(eager), "dha_cache_arguments": arguments}
+    if core:
+        body[core] = unexpanded(getattr(base, core))
     cls = type(f"Dha{base.__name__}", (DhaAttention, base), body)
     globals()[cls.__name__] = cls
     return cls
@@ -158,12 +162,14 @@ def convert_attention(attention: nn.Module, family: Family, config: Any, layer_i
     for name in ("num_key_value_heads", "num_kv_heads", "kv_heads"):
         if family.gather and hasattr(attention, name):
             setattr(attention, name, heads)
-    attention.dha_maps, attention.dha_gather, attention.dha_dispatch = maps, family.gather, family.dispatch
+    core = family.core if config._attn_implementation == "eager" else ""  # flash classes do not call it
+    attention.dha_maps, attention.dha_gather = maps, family.gather
+    attention.dha_expand = family.gather and not (family.dispatch or core)
     if grouped:
         attention.num_key_value_groups = heads // maps.num_pairs
     if family.dispatch:
         attention.config = AttentionConfig(config)
-    attention.__class__ = attention_class(type(attention))
+    attention.__class__ = attention_class(type(attention), core)
 
 
 def _projections(attention: nn.Module, family: Family, maps: HeadMaps) -> dict[str, nn.Module]:

@@ -16,7 +16,7 @@ MAX_QUERIES = 4
 
 _PATHS = ("auto", "grouped", "expand")
 # Arguments of attention functions that change the result and that the grouped path does not know.
-_UNKNOWN = ("softcap", "s_aux", "position_bias", "cache", "cu_seq_lens_q", "cu_seq_lens_k")
+_UNKNOWN = ("s_aux", "position_bias", "cache", "cu_seq_lens_q", "cu_seq_lens_k")
 
 _path = os.environ.get("DHA_ATTENTION", "auto")
 _kernel: Callable[..., Tensor] | None = None
@@ -59,41 +59,57 @@ def takes_grouped_path(query: Tensor, key: Tensor, mask: Any, dropout: float, op
 
 
 def decode_attention(
-    query: Tensor, key: Tensor, value: Tensor, maps: HeadMaps, scale: float, mask: Tensor | None, weights: bool = False
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    maps: HeadMaps,
+    scale: float,
+    mask: Tensor | None,
+    weights: bool = False,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Attend with the kernel or in torch.
 
     Returns:
         Output `[B, T, H, d]` (transformers' layout) and, if `weights`, the probabilities `[B, H, T, S]`.
     """
-    if _kernel is not None and _path == "auto" and not weights:
+    if _kernel is not None and _path == "auto" and not weights and softcap is None:
         out = _kernel(query, key, value, maps.key_map, maps.value_map, scale, mask=mask)
         if out is not None:
             return out.transpose(1, 2).contiguous(), None
-    out, probs = grouped_attention(query, key, value, maps, scale, mask)
+    out, probs = grouped_attention(query, key, value, maps, scale, mask, softcap)
     return out.transpose(1, 2).contiguous(), probs if weights else None
 
 
 def grouped_attention(
-    query: Tensor, key: Tensor, value: Tensor, maps: HeadMaps, scale: float, mask: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    maps: HeadMaps,
+    scale: float,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scores per key group, softmax per query head, values per value group.
 
     Args:
         query: `[B, H, T, d]`, `key`: `[B, Hk, S, d]`, `value`: `[B, Hv, S, d]`.
         mask: bool (True = attend) or additive, broadcasts to `[B, H, T, S]`.
+        softcap: scores become `softcap * tanh(scores / softcap)` (Gemma 2).
 
     Returns:
-        Output `[B, H, T, d]` and probabilities `[B, H, T, S]`, in the query's dtype.
+        Output `[B, H, T, d]` and probabilities `[B, H, T, S]`, in the value's dtype.
     """
     batch, _, length, _ = query.shape
     rows = query.index_select(1, maps.key_rows).reshape(batch, maps.num_key_heads, -1, query.shape[-1])
     scores = torch.matmul(rows, key.transpose(2, 3)).reshape(batch, -1, length, key.shape[2])
     scores = scores.index_select(1, maps.key_slots).float() * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
     if mask is not None:
         low = torch.finfo(torch.float32).min
         scores = scores.masked_fill(~mask, low) if mask.dtype == torch.bool else scores + mask
-    probs = torch.softmax(scores, dim=-1).to(query.dtype)
+    probs = torch.softmax(scores, dim=-1).to(value.dtype)
     rows = probs.index_select(1, maps.value_rows).reshape(batch, maps.num_value_heads, -1, key.shape[2])
     out = torch.matmul(rows, value).reshape(batch, -1, length, value.shape[-1])
     return out.index_select(1, maps.value_slots), probs

@@ -21,6 +21,7 @@ _BART = (
 )
 # Forwards that want every head, and that compute attention themselves.
 _OWN = {"gather": True, "dispatch": False, "reorder": False}
+_CORE = {**_OWN, "core": "_attn"}
 
 ROWS: tuple[Family, ...] = (
     # Separate projections whose forward takes any number of key and value heads.
@@ -51,10 +52,10 @@ ROWS: tuple[Family, ...] = (
     Family("gpt2", "GPT2", packing="blocks", position="none", gather=True, names=_CAUSAL_GPT2, **_GPT2),
     Family("gpt_bigcode", "GPTBigCode", packing="heads", position="none", gather=True, **_GPT2),
     Family("opt", "OPT", layers="decoder.layers", o="out_proj", position="none", gather=True),
-    Family("gptj", "GPTJ", layers="h", attention="attn", o="out_proj", position="interleaved", **_OWN),
-    Family("gpt_neo", "GPTNeo", layers="h", attention="attn.attention", o="out_proj", position="none", **_OWN),
+    Family("gptj", "GPTJ", layers="h", attention="attn", o="out_proj", position="interleaved", **_CORE),
+    Family("gpt_neo", "GPTNeo", layers="h", attention="attn.attention", o="out_proj", position="none", **_CORE),
     Family(
-        "codegen", "CodeGen", layers="h", attention="attn", packing="codegen", position="interleaved", **_CODEGEN, **_OWN
+        "codegen", "CodeGen", layers="h", attention="attn", packing="codegen", position="interleaved", **_CODEGEN, **_CORE
     ),
     Family("bloom", "Bloom", layers="h", attention="self_attention", packing="heads", position="none", **_NEOX, **_OWN),
     Family("falcon", "Falcon", layers="h", attention="self_attention", packing="heads", **_NEOX, **_OWN),

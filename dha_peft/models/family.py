@@ -75,6 +75,8 @@ class Family:
         gather: the family's forward wants one key and one value head per query head, so the distinct heads are
             repeated for it and cut out again in front of the cache.
         dispatch: the forward calls transformers' attention interface, so attention works on un-expanded heads.
+        core: where it does not, the method that computes attention, if there is one: `core(query, key, value, mask)`,
+            scores divided by the module's `scale_attn` if it has that, comparisons in float32 (see `core.py`).
         key_norm: "" (none), "head_rms" / "head_layer" (RMSNorm / LayerNorm of each key head) or "all_rms" (one RMSNorm
             over all key heads). The norm may be absent by config; then nothing is done about it.
         norm: name of the key norm inside the attention module.
@@ -100,6 +102,7 @@ class Family:
     reorder: bool = True
     gather: bool = False
     dispatch: bool = True
+    core: str = ""
     key_norm: KeyNorm = ""
     norm: str = "k_norm"
     norm_axis: int = 2
