@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from functools import lru_cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from .masks import mask_bounds, visible_keys
 from .naive import naive_decode
 from .ops import decode
 
+Bounds = tuple[Tensor, Tensor, Tensor]
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 MAX_TOKENS = 8
 _MASK_TYPES = (torch.bool, torch.float16, torch.bfloat16, torch.float32)
@@ -59,16 +61,37 @@ def dha_decode(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if mask is not None and (start is not None or length is not None):
         mask, start, length = _masked_bounds(q, k, mask, start, length), None, None
-    return _triton(q, k, v, key_map, value_map, scale, mask, start, length)
+    bounds = (start, length, None) if mask is None else _shared_bounds(mask, q.shape[0], [])
+    return _attend(q, k, v, key_map, value_map, scale, mask, *bounds)
 
 
 def decode_kernel(
-    q: Tensor, k: Tensor, v: Tensor, key_map: Tensor, value_map: Tensor, scale: float, mask: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_map: Tensor,
+    value_map: Tensor,
+    scale: float,
+    mask: Tensor | None = None,
+    step: list[tuple[Tensor, Bounds]] | None = None,
 ) -> Tensor | None:
-    """`dha_decode` for `dha_peft.models.set_decode_kernel`: None where the kernel does not fit, and the model goes on in torch."""
+    """`dha_decode` for `dha_peft.models.set_decode_kernel`: None where the kernel does not fit, and the model goes on in torch.
+
+    `step` keeps the bounds of the masks that the layers of one forward pass share.
+    """
     if unsupported(q, k, v, mask):
         return None
-    return _triton(q, k, v, key_map, value_map, scale, mask, None, None)
+    bounds = (None, None, None) if mask is None else _shared_bounds(mask, q.shape[0], [] if step is None else step)
+    return _attend(q, k, v, key_map, value_map, scale, mask, *bounds)
+
+
+def _shared_bounds(mask: Tensor, batch: int, step: list[tuple[Tensor, Bounds]]) -> Bounds:
+    for known, bounds in step:
+        if known is mask:
+            return bounds
+    bounds = _launches().launch_bounds(mask, batch) if _runs_now(mask) else mask_bounds(mask, batch)
+    step.append((mask, bounds))
+    return bounds
 
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> str | None:
@@ -92,31 +115,21 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> 
     return None
 
 
-def _triton(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_map: Tensor,
-    value_map: Tensor,
-    scale: float,
-    mask: Tensor | None,
-    start: Tensor | None,
-    length: Tensor | None,
-) -> Tensor:
-    if not torch.compiler.is_compiling():
-        # Straight to the launch: the operator's dispatch costs as much as the kernel on a short cache.
-        launch = _launch() if type(q) is Tensor and type(k) is Tensor else decode
-        return launch(q, k, v, key_map, value_map, scale, mask, start, length)
-    if mask is None:
-        return decode(q, k, v, key_map, value_map, scale, mask, start, length)
-    return decode(q, k, v, key_map, value_map, scale, mask, *mask_bounds(mask, q.shape[0]))
+def _attend(q: Tensor, *args: Tensor | float | None) -> Tensor:
+    # Straight to the launch where that is possible: the operator's dispatch costs as much as the kernel on a short cache.
+    return (_launches().launch_decode if _runs_now(q) else decode)(q, *args)
+
+
+def _runs_now(x: Tensor) -> bool:
+    """Whether kernels can be launched on this tensor, which is not so while a graph is traced."""
+    return type(x) is Tensor and not torch.compiler.is_compiling()
 
 
 @lru_cache(maxsize=1)
-def _launch() -> Callable[..., Tensor]:
-    from .launch import launch_decode  # imports Triton, so not before the first call
+def _launches() -> ModuleType:
+    from . import launch  # imports Triton, so not before the first call
 
-    return launch_decode
+    return launch
 
 
 def _masked_bounds(q: Tensor, k: Tensor, mask: Tensor, start: Tensor | None, length: Tensor | None) -> Tensor:

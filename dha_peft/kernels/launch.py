@@ -24,6 +24,7 @@ class Tiling:
 
     `early`: the second kernel may be launched as soon as the first runs, not only when it nears its end.
     `prefetch`: tiles that a program asks for before the kernel ahead of it is done.
+    `deal`: programs of a sequence take blocks of keys in turn, instead of one stretch each.
     """
 
     rows: int
@@ -33,6 +34,7 @@ class Tiling:
     per_processor: int
     early: bool = False
     prefetch: int = 0
+    deal: bool = False
 
 
 @lru_cache(maxsize=512)
@@ -122,7 +124,7 @@ def launch_decode(
         TOKENS=tokens, DIM=dim, BLOCK_D=block_d, ROWS=tiling.rows, KEYS=tiling.keys, STAGES=tiling.stages,
         ALIGN=_alignment(k, v), MASK=_mask_kind(mask), HAS_START=start is not None, HAS_LENGTH=length is not None,
         SPLIT=splits > 1, PDL=(2 if tiling.early else 1) if pdl else 0,
-        PREFETCH=tiling.prefetch if pdl and block_d >= 64 else 0, num_warps=tiling.warps, **({"launch_pdl": True} if pdl else {}),
+        PREFETCH=tiling.prefetch if pdl and block_d >= 64 else 0, DEAL=tiling.deal, num_warps=tiling.warps, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     if splits > 1:
         _combine(part, lse, out, pdl)

@@ -20,17 +20,26 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _stretch(
-    batch, split, start_ptr, length_ptr, num_keys, num_splits, HAS_START: tl.constexpr, HAS_LENGTH: tl.constexpr
-):
-    """First key and end of this program's stretch, and of the whole sequence. Nothing is read on the host."""
+    batch, split, start_ptr, length_ptr, num_keys, num_splits, HAS_START: tl.constexpr, HAS_LENGTH: tl.constexpr,
+    KEYS: tl.constexpr, DEAL: tl.constexpr,
+):  # fmt: skip
+    """First key and end of this program's share, and of the whole sequence. Nothing is read on the host.
+
+    The share is one stretch of keys or, with DEAL, every `num_splits`-th block of KEYS keys: blocks are dealt out like
+    cards, so that the programs of one sequence read neighbouring memory at the same time.
+    """
     begin, end = 0, num_keys
     if HAS_START:
         begin = tl.maximum(tl.load(start_ptr + batch).to(tl.int32), 0)
     if HAS_LENGTH:
         end = tl.minimum(tl.load(length_ptr + batch).to(tl.int32), num_keys)
-    share = (tl.cdiv(tl.maximum(end - begin, 0), num_splits) + 15) // 16 * 16
-    first = begin + split * share
-    return first, tl.minimum(end, first + share), begin, end
+    if DEAL:
+        first, stop = begin + split * KEYS, end
+    else:
+        share = (tl.cdiv(tl.maximum(end - begin, 0), num_splits) + 15) // 16 * 16
+        first = begin + split * share
+        stop = tl.minimum(end, first + share)
+    return first, stop, begin, end
 
 
 @triton.jit
@@ -42,21 +51,17 @@ def _hide(
     if MASK == 0:
         if TOKENS > 1:
             seen = seen & (key[:, None] <= (end - TOKENS + token)[None, :])
-        scores = tl.where(seen, scores, -float("inf"))
+        return tl.where(seen, scores, -float("inf"))
+    # Most masks only bound the sequence, which start and length have said already; then nothing is loaded.
+    if TOKENS == 1:
+        at, read = mask_ptr + key.to(tl.int64) * mask_ss, (key < stop) & holes
+        value = tl.load(at, mask=read, other=1 - (MASK - 1)).to(tl.float32)[:, None]
     else:
-        scores = tl.where(seen, scores, -float("inf"))
-        # Most masks only bound the sequence, which start and length have said already.
-        if holes:
-            at = mask_ptr + key[:, None].to(tl.int64) * mask_ss
-            if TOKENS > 1:
-                at = at + token[None, :] * mask_st
-            value = tl.load(at, mask=seen, other=0)
-            if MASK == 1:
-                scores = tl.where(value != 0, scores, -float("inf"))
-            else:
-                value = value.to(tl.float32)
-                scores = tl.where(value > lowest, scores + value * LOG2E, -float("inf"))
-    return scores
+        at, read = mask_ptr + key[:, None].to(tl.int64) * mask_ss + token[None, :] * mask_st, seen & holes
+        value = tl.load(at, mask=read, other=1 - (MASK - 1)).to(tl.float32)
+    if MASK == 1:
+        return tl.where(seen & (value != 0), scores, -float("inf"))
+    return tl.where(seen & (value > lowest), scores + value * LOG2E, -float("inf"))
 
 
 @triton.jit
@@ -89,7 +94,7 @@ def attend_kernel(
     key_heads, value_heads, num_keys, num_rows, num_splits, scale, lowest,
     TOKENS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     STAGES: tl.constexpr, ALIGN: tl.constexpr, MASK: tl.constexpr, HAS_START: tl.constexpr, HAS_LENGTH: tl.constexpr,
-    SPLIT: tl.constexpr, PDL: tl.constexpr, PREFETCH: tl.constexpr,
+    SPLIT: tl.constexpr, PDL: tl.constexpr, PREFETCH: tl.constexpr, DEAL: tl.constexpr,
 ):  # fmt: skip
     """Grid (splits, blocks of rows, batch). With SPLIT, writes each stretch's output (float32, `part [B, splits,
     rows, d]`) and its base-2 log-sum-exp (`lse [B, splits, rows]`), else the final output. `plain [B]` counts the keys
@@ -99,7 +104,7 @@ def attend_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     if PREFETCH:
         first, stop, begin, end = _stretch(
-            batch, split, start_ptr, length_ptr, num_keys, num_splits, HAS_START, HAS_LENGTH
+            batch, split, start_ptr, length_ptr, num_keys, num_splits, HAS_START, HAS_LENGTH, KEYS, DEAL
         )  # fmt: skip
         _prefetch(
             batch, first, stop, num_keys, k_ptr, v_ptr, k_sb, k_sh, k_ss, v_sb, v_sh, v_ss, key_heads,
@@ -116,7 +121,7 @@ def attend_kernel(
     at = batch * q_sb + head * q_sh + token * q_st
     q = tl.load(q_ptr + at[None, :] + dim[:, None], mask=real[None, :] & in_dim[:, None], other=0.0)
     first, stop, begin, end = _stretch(
-        batch, split, start_ptr, length_ptr, num_keys, num_splits, HAS_START, HAS_LENGTH
+        batch, split, start_ptr, length_ptr, num_keys, num_splits, HAS_START, HAS_LENGTH, KEYS, DEAL
     )  # fmt: skip
     holes = False
     if MASK != 0:
@@ -132,7 +137,10 @@ def attend_kernel(
     to_values, to_keys = to_values + batch * v_sb, batch * k_sb
     tiles = key_heads + value_heads
     tile, block = tl.full([], 0, tl.int32), first
-    for _ in tl.range(0, tl.cdiv(tl.maximum(stop - first, 0), KEYS) * tiles, num_stages=STAGES):
+    stride = KEYS
+    if DEAL:
+        stride = KEYS * num_splits
+    for _ in tl.range(0, tl.cdiv(tl.maximum(stop - first, 0), stride) * tiles, num_stages=STAGES):
         is_key = tile < key_heads
         step = tl.multiple_of(tl.where(is_key, k_ss, v_ss), ALIGN)
         head_at = tl.where(
@@ -162,7 +170,7 @@ def attend_kernel(
         else:
             out += tl.where((value_of == tile - key_heads)[None, :], tl.dot(tl.trans(x), probs), 0.0)
         tile += 1
-        block = tl.where(tile == tiles, block + KEYS, block)
+        block = tl.where(tile == tiles, block + stride, block)
         tile = tl.where(tile == tiles, 0, tile)
 
     if PDL == 1:

@@ -108,6 +108,7 @@ def dha_attention(
         ValueError: continuous batching with an attention function that reads the paged cache itself.
     """
     maps, name = module.dha_maps, module.config.model_config._attn_implementation
+    step = kwargs.pop("dha_step", None)
     scaling = module.head_dim**-0.5 if scaling is None else scaling
     if hasattr(module, "dha_turn"):
         query = module.dha_turn(query)
@@ -123,7 +124,7 @@ def dha_attention(
     fused, softcap = min(maps.num_key_heads, maps.num_value_heads) < query.shape[1], kwargs.get("softcap")
     fused = fused and not (softcap and name == "sdpa")  # which caps nothing, or refuses to
     if fused and takes_grouped_path(query, key, attention_mask, dropout, kwargs):
-        return decode_attention(query, key, value, maps, scaling, attention_mask, name == "eager", softcap=softcap)
+        return decode_attention(query, key, value, maps, scaling, attention_mask, name == "eager", step, softcap)
     key, value = maps.expand(key, value)
     function = ALL_ATTENTION_FUNCTIONS.get_interface(name, module.eager_attention)
     return function(StockView(module), query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)

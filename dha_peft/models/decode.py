@@ -38,9 +38,10 @@ def set_attention_path(path: str) -> None:
 def set_decode_kernel(kernel: Callable[..., Tensor] | None) -> None:
     """Plug in a fast decode kernel, or None to go back to torch.
 
-    It is called as `kernel(q, k, v, key_map, value_map, scale, mask=mask)` with `q [B, H, T, d]`, `k [B, Hk, S, d]`,
-    `v [B, Hv, S, d]`, int64 maps `[H]` and a mask (bool, True = attend, or additive) that broadcasts to
-    `[B, H, T, S]`; it returns `[B, H, T, d]`, or None where it does not support the inputs.
+    It is called as `kernel(q, k, v, key_map, value_map, scale, mask=mask, step=step)` with `q [B, H, T, d]`,
+    `k [B, Hk, S, d]`, `v [B, Hv, S, d]`, int64 maps `[H]` and a mask (bool, True = attend, or additive) that broadcasts
+    to `[B, H, T, S]`; it returns `[B, H, T, d]`, or None where it does not support the inputs. `step` is None or a list
+    that the layers of one forward pass share, where the kernel may keep what it has found out about the mask.
     """
     global _kernel
     _kernel = kernel
@@ -66,6 +67,7 @@ def decode_attention(
     scale: float,
     mask: Tensor | None,
     weights: bool = False,
+    step: list[Any] | None = None,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Attend with the kernel or in torch.
@@ -74,7 +76,7 @@ def decode_attention(
         Output `[B, T, H, d]` (transformers' layout) and, if `weights`, the probabilities `[B, H, T, S]`.
     """
     if _kernel is not None and _path == "auto" and not weights and softcap is None:
-        out = _kernel(query, key, value, maps.key_map, maps.value_map, scale, mask=mask)
+        out = _kernel(query, key, value, maps.key_map, maps.value_map, scale, mask=mask, step=step)
         if out is not None:
             return out.transpose(1, 2).contiguous(), None
     out, probs = grouped_attention(query, key, value, maps, scale, mask, softcap)

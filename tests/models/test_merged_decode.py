@@ -65,10 +65,12 @@ def test_kernel_is_used_and_may_decline(make_pair, prompts, reset_decode):
     ids, mask = prompts
     options = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False}
     expected = merged.generate(ids, **options)
-    seen = []
+    seen, steps = [], []
 
-    def kernel(q, k, v, key_map, value_map, scale, mask=None):
+    def kernel(q, k, v, key_map, value_map, scale, mask=None, step=None):
         seen.append((k.shape[1], v.shape[1]))
+        steps.append(len(step))
+        step.append(mask)
         if len(seen) % 2:
             return None
         return scaled_dot_product_attention(q, k[:, key_map], v[:, value_map], attn_mask=mask, scale=scale)
@@ -76,6 +78,7 @@ def test_kernel_is_used_and_may_decline(make_pair, prompts, reset_decode):
     set_decode_kernel(kernel)
     assert torch.equal(merged.generate(ids, **options), expected)
     assert set(seen) == {(4, 3), (4, 4)}
+    assert steps == [0, 1] * 3  # the two layers of a step share one list, and the next step starts anew
     with pytest.raises(ValueError, match="choose one of auto, grouped, expand"):
         set_attention_path("fast")
 
