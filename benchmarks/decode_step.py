@@ -2,8 +2,8 @@
 
     python benchmarks/decode_step.py --csv step.csv mha:reduce-overhead:32:16x4096 dha:reduce-overhead:32:16x4096
 
-A job is model : compile mode : layers : batch x context, with "+fused" after the model for q, k, v and gate, up as one
-product each. Compiling is work for the host, so all jobs do it at once; then one at a time has the GPU.
+A job is model : compile mode : layers : batch x context, with "+fused" after the model for `fuse_projections()`, and
+"+combo" or "+pdl" after the mode for inductor's combo kernels and programmatic launches. Compiling is work for the host, so all jobs do it at once; then one at a time has the GPU.
 """
 
 from __future__ import annotations
@@ -22,45 +22,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 ROOM, REPEATS = 120, 3
+EXTRA = {"combo": "combo_kernels", "pdl": "triton.enable_pdl"}
 
 
 def worker(job: str) -> None:
     import torch
-    import torch.nn.functional as F
+    import torch._inductor
     from decode_model import ModelShape, build, filled_cache
-    from torch import nn
 
     import dha_peft  # noqa: F401  plugs the kernel in
 
-    class First(nn.Module):
-        """The product of several linears; the others hand out what it left for them."""
-
-        def __init__(self, linears: list, left: list) -> None:
-            super().__init__()
-            self.weight, self.left = nn.Parameter(torch.cat([x.weight for x in linears])), left
-            self.sizes = [x.out_features for x in linears]
-            self.out_features = self.sizes[0]
-
-        def forward(self, x):
-            first, *others = F.linear(x, self.weight).split(self.sizes, -1)
-            self.left.extend(others)
-            return first
-
-    class Next(nn.Module):
-        def __init__(self, left: list, out_features: int) -> None:
-            super().__init__()
-            self.left, self.out_features = left, out_features
-
-        def forward(self, x):
-            return self.left.pop(0)
-
-    def fuse(module: nn.Module, names: list[str]) -> None:
-        linears, left = [getattr(module, name) for name in names], []
-        setattr(module, names[0], First(linears, left))
-        for name, linear in zip(names[1:], linears[1:]):
-            setattr(module, name, Next(left, linear.out_features))
-
-    model_name, mode, layers, batch, context = re.fullmatch(r"([a-z+]+):([a-z-]+):(\d+):(\d+)x(\d+)", job).groups()
+    model_name, mode, layers, batch, context = re.fullmatch(r"([a-z+]+):([a-z+-]+):(\d+):(\d+)x(\d+)", job).groups()
     shape = ModelShape(layers=int(layers), batch=int(batch), context=int(context))
     device, begin = torch.device("cuda"), time.perf_counter()
     torch.manual_seed(0)
@@ -68,16 +40,16 @@ def worker(job: str) -> None:
     cache = filled_cache(model, shape, shape.batch, "static", ROOM)
     with torch.no_grad():
         if model_name.endswith("+fused"):
-            for layer in model.model.layers:
-                fuse(layer.self_attn, ["q_proj", "k_proj", "v_proj"])
-                fuse(layer.mlp, ["gate_proj", "up_proj"])
+            model.fuse_projections()
         torch.cuda.empty_cache()
         token = torch.zeros(shape.batch, 1, dtype=torch.long, device=device)
 
         def plain(ids):
             return model(ids, past_key_values=cache, use_cache=True).logits[:, -1].argmax(-1, keepdim=True)
 
-        compiled = plain if mode == "eager" else torch.compile(plain, mode=mode, fullgraph=True)
+        name, *extra = mode.split("+")
+        options = {**torch._inductor.list_mode_options(name), **dict.fromkeys(map(EXTRA.get, extra), True)}
+        compiled = torch.compile(plain, options=options, fullgraph=True)
 
         def steps(count: int, token):
             for _ in range(count):

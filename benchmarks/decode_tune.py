@@ -36,10 +36,12 @@ def tilings() -> list:
     from dha_peft.kernels.launch import Tiling
 
     small, large = Tiling(ROWS, 64, 4, 4, 2), Tiling(ROWS, 128, 4, 3, 2)
-    some = [small, large, replace(small, stages=5), replace(small, stages=3, per_processor=3)]
-    some += [Tiling(ROWS, 128, 8, 4, 1), Tiling(ROWS, 128, 8, 5, 1), Tiling(ROWS, 64, 8, 4, 2)]
+    wide, huge = Tiling(ROWS, 128, 8, 5, 1), Tiling(ROWS, 256, 8, 3, 1)
+    some = [small, large, wide, replace(small, stages=3, per_processor=3)]
+    some += [replace(base, deal=True) for base in (small, large, wide, huge)]
     for base in (small, large):
-        some += [replace(base, early=True), replace(base, prefetch=2), replace(base, early=True, prefetch=2)]
+        some += [replace(base, early=True, prefetch=2), replace(base, deal=True, early=True, prefetch=2)]
+    some += [replace(large, prefetch=2), replace(large, deal=True, prefetch=2)]
     return some
 
 
@@ -80,7 +82,10 @@ class Work:
         batch, _, keys, _ = self.caches[0][0].shape
         heads = sum(cache.shape[1] for cache in self.caches[0])
         best = choose_splits(batch, slots, keys, heads, ROWS)
-        return [best, 2 * best] if batch * best < slots * 1.5 else [best]
+        even = max(1, slots // batch)
+        blocks = -(-keys // tiling.keys)
+        rounds = -(-blocks // even)
+        return sorted({best, -(-blocks // rounds)} | ({2 * best} if tiling.deal and batch > 1 else set()))
 
 
 def warm(tiling) -> tuple:
