@@ -11,18 +11,28 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from dha_peft import DHAConfig, get_dha_model
 from dha_peft.adapter.fusion_state import HeadFusion
+from dha_peft.attention import find_attention
 from dha_peft.models import FAMILIES
 
-from .cases import CASES, Case, make_base, make_batches, prompts
+from .cases import CASES, HEADS, Case, make_base, make_batches, prompts
 
-ENCODERS = {"bert"}  # tests/families/test_encoders.py
+ELSEWHERE = {"bert", "bart", "whisper"}  # test_encoders.py and test_encoder_decoders.py
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
 RUNS = [pytest.param(case, attn, id=f"{case}-{attn}") for case in CASES for attn in case.attn]
 
 
 def test_every_family_has_a_row():
-    assert {case.family for case in CASES} | ENCODERS == set(FAMILIES)
+    assert {case.family for case in CASES} | ELSEWHERE == set(FAMILIES)
+
+
+def test_families_with_grouped_queries_have_a_row_of_either_kind():
+    for family in {case.family for case in CASES}:
+        kinds = {find_attention(make_base(case))[0].num_heads for case in CASES if case.family == family}
+        grouped = (
+            family == "falcon" or "num_key_value_heads" in FAMILIES[family].base_class("Config").__dataclass_fields__
+        )
+        assert kinds == ({HEADS, HEADS // 2} if grouped and family != "persimmon" else {HEADS}), family
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dha_peft import DHAConfig, DHAPlan, convert
 from dha_peft.attention import AttentionSite, find_attention
 from dha_peft.fusion.heads import FrameLayout, HeadMaps
+from dha_peft.models import FAMILIES
 
 from .cases import CASES, Case, make_base, make_batches, prompts
 
@@ -26,12 +27,15 @@ def random_gauges(count: int, layout: FrameLayout) -> HeadMaps:
     return HeadMaps(pair, full).restricted(layout)
 
 
-def plant(site: AttentionSite, kind: str) -> tuple[tuple[int, ...], ...]:
+def plant(site: AttentionSite, kind: str, half_turns: bool = False) -> tuple[tuple[int, ...], ...]:
     """Make half of the heads of one kind copies of the others, each in a random frame; returns the pairs."""
     order = torch.randperm(site.num_heads).tolist()
     half = site.num_heads // 2
     heads = getattr(site.weights(), kind)
     gauges = random_gauges(half, site.layout(kind))
+    if half_turns:
+        gauges.pair = torch.zeros_like(gauges.pair)
+        gauges.pair[..., 0] = torch.randint(2, gauges.pair.shape[:2]) * 2.0 - 1
     heads[order[half:]] = gauges.apply(heads[order[:half]], site.layout(kind))
     write(site, kind, heads)
     return tuple(sorted(tuple(sorted(pair)) for pair in zip(order[:half], order[half:], strict=True)))
@@ -65,6 +69,20 @@ def test_planted_pairs_are_found_and_fused_for_nothing(case: Case):
     tie_gains_in_pairs(sites)
     torch.manual_seed(2)
     pairs = [[plant(site, kind) for kind in ("key", "value")] for site in sites]
+    small = convert(base, DHAConfig(head_budget=0.5, allocation="uniform"), make_batches(4, 32))
+    plan = DHAPlan.from_dict(small.config.dha_plan)
+    assert [[layer.key_groups, layer.value_groups] for layer in plan.layers] == pairs
+    torch.testing.assert_close(small(**prompts()).logits, base(**prompts()).logits, atol=1e-3, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", [case for case in CASES if FAMILIES[case.family].key_norm == "head_rms"], ids=str)
+def test_half_turns_are_the_gauge_of_a_norm_whose_gains_differ(case: Case):
+    """Gains that differ within a rotary pair commute with no other turn of it, so no other turn leaves a head as it is."""
+    base = make_base(case)
+    sites = find_attention(base)
+    torch.manual_seed(2)
+    pairs = [[plant(site, kind, half_turns=True) for kind in ("key", "value")] for site in sites]
     small = convert(base, DHAConfig(head_budget=0.5, allocation="uniform"), make_batches(4, 32))
     plan = DHAPlan.from_dict(small.config.dha_plan)
     assert [[layer.key_groups, layer.value_groups] for layer in plan.layers] == pairs
