@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from . import adapter, models
+from typing import Any
+
+from . import adapter, models, training
 from .adapter import DHAConfig, DHAModel
 from .conversion import convert, get_dha_model
 from .kernels import decode_kernel
 from .models import Family, register_family
 from .plan import DHAPlan, LayerPlan
 from .search import Analysis, analyse
-from .training import DHACallback, DHATrainer, FusionSchedule, ScheduleOptions
+from .training import DHACallback, FusionSchedule, ScheduleOptions
 
 adapter.register()
 models.register()
@@ -34,3 +36,16 @@ __all__ = [
     "get_dha_model",
     "register_family",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What costs time to import: `DHATrainer`, and the classes of the families (`DhaLlamaForCausalLM`, ...)."""
+    if name == "DHATrainer":
+        return training.DHATrainer
+    if name.startswith("Dha"):
+        return getattr(models, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), "DHATrainer", *(name for name in dir(models) if name.startswith("Dha"))})

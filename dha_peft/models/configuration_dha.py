@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from .families import FAMILIES
@@ -115,30 +116,69 @@ def _replicated_attention(family: Family, plan: dict[str, str] | None) -> dict[s
     return {key: "rowwise_split_input" if key.endswith(output) else style for key, style in styles.items()}
 
 
-def _config_class(family: Family) -> type:
-    name = f"Dha{family.prefix}Config"
+class ClassTable(Mapping):
+    """What is made for each family, by merged model type, when it is first asked for: importing the package makes nothing."""
+
+    def __init__(self, make: Callable[[Family], Any]) -> None:
+        self._make, self._made = make, {}
+
+    def __getitem__(self, merged_type: str) -> Any:
+        if merged_type not in self._made:
+            family = FAMILIES.get(merged_type.removeprefix("dha_"))
+            if family is None or family.merged_type != merged_type or not family.available():
+                raise KeyError(merged_type)
+            self._make(family)
+        return self._made[merged_type]
+
+    def __iter__(self) -> Iterator[str]:
+        return (family.merged_type for family in list(FAMILIES.values()) if family.available())
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def keep(self, family: Family, made: Any) -> Any:
+        """Set the entry of one family."""
+        self._made[family.merged_type] = made
+        return made
+
+    def forget(self, merged_type: str) -> None:
+        """Make this entry anew when it is next asked for."""
+        self._made.pop(merged_type, None)
+
+
+NEW_CONFIG_HOOKS: list[Callable[[str], None]] = []
+"""Called with the merged type after its config class is made: the installed package registers it with the Auto classes.
+
+Empty in remote code, where transformers does so itself.
+"""
+
+
+def add_config(family: Family) -> type:
+    """Make and keep the config class of one family."""
     body = {
         "__module__": __name__,
         "__doc__": DhaConfigMixin.__doc__,
         "model_type": family.merged_type,
         "dha_family": family,
     }
-    cls = type(name, (DhaConfigMixin, family.base_class("Config")), body)
+    cls = type(f"Dha{family.prefix}Config", (DhaConfigMixin, family.base_class("Config")), body)
     if family.ships:
         cls.register_for_auto_class("AutoConfig")
+    globals()[cls.__name__] = CONFIGS.keep(family, cls)
+    for hook in NEW_CONFIG_HOOKS:
+        hook(family.merged_type)
     return cls
 
 
-CONFIGS: dict[str, type] = {}
+CONFIGS = ClassTable(add_config)
 
 
-def add_config(family: Family) -> type:
-    """Make and keep the config class of one family."""
-    cls = CONFIGS[family.merged_type] = _config_class(family)
-    globals()[cls.__name__] = cls
-    return cls
+def __getattr__(name: str) -> Any:
+    for family in FAMILIES.values():
+        if name == f"Dha{family.prefix}Config" and family.merged_type in CONFIGS:
+            return CONFIGS[family.merged_type]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-for _family in FAMILIES.values():
-    if _family.available():
-        add_config(_family)
+def __dir__() -> list[str]:
+    return sorted({*globals(), *(config.__name__ for config in CONFIGS.values())})

@@ -16,9 +16,9 @@ from torch import nn
 from transformers import AutoModel, GenerationMixin, PreTrainedModel
 
 from .attention import convert_attention
-from .configuration_dha import CONFIGS, add_config
+from .configuration_dha import CONFIGS, ClassTable
 from .families import FAMILIES
-from .family import SEQ2SEQ, Family
+from .family import SEQ2SEQ, TASKS, Family
 from .fused import fuse_projections, unfuse_projections
 from .maps import HeadMaps
 from .norms import QueryTurn, SharedNorm
@@ -94,7 +94,9 @@ def _classes(family: Family) -> dict[str, type]:
     body = {"__module__": __name__, "dha_family": family, "config_class": CONFIGS[family.merged_type]}
     classes: dict[str, type] = {}
     for auto, ending in family.tasks().items():
-        bases = (DhaMixin, family.base_class(ending)) + ((GenerationMixin,) if ending in ("ForCausalLM", SEQ2SEQ) else ())
+        bases = (DhaMixin, family.base_class(ending)) + (
+            (GenerationMixin,) if ending in ("ForCausalLM", SEQ2SEQ) else ()
+        )
         cls = type(
             f"Dha{family.prefix}{ending}", bases, {**body, "__doc__": f"{family.prefix}{ending} with fused heads."}
         )
@@ -119,18 +121,25 @@ def _with_step(forward: Callable[..., Any]) -> Callable[..., Any]:
     return with_step
 
 
-MODELS: dict[str, dict[str, type]] = {}
-
-
 def add_models(family: Family) -> dict[str, type]:
-    """Make and keep config and model classes of one family."""
-    if family.merged_type not in CONFIGS:
-        add_config(family)
-    classes = MODELS[family.merged_type] = _classes(family)
+    """Make and keep the model classes of one family."""
+    classes = MODELS.keep(family, _classes(family))
     globals().update({cls.__name__: cls for cls in classes.values()})
     return classes
 
 
-for _family in FAMILIES.values():
-    if _family.available():
-        add_models(_family)
+MODELS = ClassTable(add_models)
+"""Merged model type -> Auto class name -> merged class."""
+
+
+def __getattr__(name: str) -> Any:
+    for family in FAMILIES.values():
+        if name in {f"Dha{family.prefix}{ending}" for ending in TASKS.values()} and family.merged_type in MODELS:
+            for cls in MODELS[family.merged_type].values():
+                if cls.__name__ == name:
+                    return cls
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *(cls.__name__ for classes in MODELS.values() for cls in classes.values())})

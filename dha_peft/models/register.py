@@ -8,19 +8,45 @@ from typing import Any
 import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .configuration_dha import CONFIGS
+from .configuration_dha import CONFIGS, NEW_CONFIG_HOOKS, add_config
 from .families import FAMILIES
 from .family import TASKS, Family
-from .modeling_dha import MODELS, add_models
+from .modeling_dha import MODELS
 
 MERGED_TO_BASE: dict[str, str] = {family.merged_type: name for name, family in FAMILIES.items()}
 """Merged model type -> base model type ("dha_llama" -> "llama")."""
 
 
+class LazyConfig(type):
+    """A stand-in for a merged type's config class, which is made when transformers first does anything with it.
+
+    `AutoConfig` keeps it under the model type. Making the class registers it, and the family's models, in its place.
+    """
+
+    def __getattr__(cls, name: str) -> Any:
+        return getattr(CONFIGS[cls.model_type], name)
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> PretrainedConfig:
+        return CONFIGS[cls.model_type](*args, **kwargs)
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        return isinstance(instance, CONFIGS[cls.model_type])
+
+    def __subclasscheck__(cls, subclass: type) -> bool:
+        return issubclass(subclass, CONFIGS[cls.model_type])
+
+
 def register() -> None:
     """Make `AutoConfig`, `AutoModel`, ... know the merged types; safe to call again."""
-    for merged_type in MODELS:
-        _register(merged_type)
+    if _register_classes in NEW_CONFIG_HOOKS:
+        return
+    NEW_CONFIG_HOOKS.append(_register_classes)
+    for family in FAMILIES.values():
+        # A family that the installed transformers lacks must not break the others.
+        if family.model_type in transformers.CONFIG_MAPPING:
+            body = {"__module__": __name__, "model_type": family.merged_type}
+            stand_in = LazyConfig(f"Dha{family.prefix}Config", (), body)
+            transformers.AutoConfig.register(family.merged_type, stand_in, exist_ok=True)
 
 
 def register_family(classes: Mapping[str, type], **row: Any) -> Family:
@@ -61,9 +87,8 @@ def register_family(classes: Mapping[str, type], **row: Any) -> Family:
     prefix = by_ending["Config"].__name__.removesuffix("Config")
     family = FAMILIES[model_type] = Family(model_type, prefix, classes=by_ending, **row)
     MERGED_TO_BASE[family.merged_type] = model_type
-    CONFIGS.pop(family.merged_type, None)
-    add_models(family)
-    _register(family.merged_type)
+    MODELS.forget(family.merged_type)
+    add_config(family)
     return family
 
 
@@ -82,7 +107,7 @@ def _checked_classes(classes: Mapping[str, type]) -> dict[str, type]:
     return {endings[auto]: cls for auto, cls in classes.items()}
 
 
-def _register(merged_type: str) -> None:
+def _register_classes(merged_type: str) -> None:
     config = CONFIGS[merged_type]
     transformers.AutoConfig.register(merged_type, config, exist_ok=True)
     for auto, model in MODELS[merged_type].items():
