@@ -6,28 +6,26 @@ from __future__ import annotations
 import torch
 
 from ..adapter.layer import DHALayer
+from ..attention import KINDS, AttentionSite, labelled_plan
 from ..fusion.grouping import GroupCurve, similarity_curve
 from ..fusion.moments import head_gram, identity_moment
 from ..fusion.similarity import cosine_similarity
-from ..plan import DHAPlan, LayerPlan
+from ..plan import DHAPlan
 from ..search import SearchOptions
 from ..search.analysis import plan_counts
 
 
 @torch.no_grad()
-def learned_plan(layers: list[DHALayer], options: SearchOptions) -> DHAPlan:
-    """Groups by the cosine of the heads as the adapter makes them now, counts by how far these are from their mean."""
-    curves: list[dict[str, GroupCurve]] = []
-    for layer in layers:
-        if not curves or layer.kind in curves[-1]:
-            curves.append({})
-        curves[-1][layer.kind] = _curve(layer)
+def learned_plan(sites: list[AttentionSite], options: SearchOptions) -> DHAPlan:
+    """Groups by the cosine of the heads as the adapter makes them now, counts by how far these are from their mean. `sites`:
+    attention blocks whose key and value projections are `DHALayer`s."""
+    curves = [{kind: _curve(site.outer(kind)) for kind in KINDS} for site in sites]
     counts = plan_counts(curves, options)
-    plans = [
-        LayerPlan(*(curve[kind].groups[count[kind] - 1] for kind in ("key", "value")))
+    groups = (
+        tuple(curve[kind].groups[count[kind] - 1] for kind in KINDS)
         for curve, count in zip(curves, counts, strict=True)
-    ]
-    return DHAPlan(tuple(plans), layers[0].base_heads().shape[1])
+    )
+    return labelled_plan(sites, groups)
 
 
 def _curve(layer: DHALayer) -> GroupCurve:
