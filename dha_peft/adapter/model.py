@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -191,14 +192,15 @@ def collapse_model(
     model: nn.Module,
     sites: list[AttentionSite],
     plan: DHAPlan,
-    shared: list[tuple[SharedHeads, ...]],
+    shared: Iterable[tuple[SharedHeads, ...]],
     share: bool = True,
 ) -> nn.Module:
-    """Collapse every layer and build the merged model. `model` is the plain base; `share=False` copies its tensors."""
+    """Collapse one layer after the other and build the merged model. `model` is the plain base; `share=False` copies its tensors."""
     layer_weights = []
     for site, (keys, values) in zip(sites, shared, strict=True):
-        weights = collapse(site.weights(), keys, values)
-        layer_weights.append(site.flat_weights(weights, keys))
+        weights = site.flat_weights(collapse(site.weights(), keys, values), keys)
+        dtype = site.projection("output").weight.dtype  # what is kept of all layers takes no more than the result
+        layer_weights.append({name: weight.to(dtype) for name, weight in weights.items()})
     with torch.no_grad():
         return build_merged(model, plan, layer_weights, share=share)
 
