@@ -24,7 +24,7 @@ def matrix_sqrt(matrix: Tensor) -> Tensor:
     return (vectors * values.clamp_min(0).sqrt()[..., None, :]) @ vectors.transpose(-1, -2)
 
 
-def top_eigh(matrix: Tensor, keep: int, steps: int = 4) -> tuple[Tensor, Tensor]:
+def top_eigh(matrix: Tensor, keep: int, steps: int = 6) -> tuple[Tensor, Tensor]:
     """The `keep` largest eigenvalues of a symmetric positive semi-definite matrix `[n, n]`, ascending, and their vectors `[n, keep]`.
 
     Large matrices: the best that a block Krylov space of `steps` blocks holds (Musco and Musco 2015), from a fixed start. What

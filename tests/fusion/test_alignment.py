@@ -75,7 +75,7 @@ def test_no_other_frame_does_better(layout):
         for part in (maps.pair, maps.full):
             change = 1e-3 * torch.randn_like(part)
             part += change
-            assert frame_error(heads, moment, metric, layout, frame) >= best
+            assert frame_error(heads, moment, metric, layout, frame) >= best * (1 - 1e-12)
             part -= change
 
 
