@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
-from torch import nn
+from torch import Tensor, nn
 
 from ..attention import KINDS, AttentionSite, find_attention, labelled_plan
 from ..fusion.collapse import SharedHeads, collapse
@@ -196,13 +196,13 @@ def collapse_model(
     share: bool = True,
 ) -> nn.Module:
     """Collapse one layer after the other and build the merged model. `model` is the plain base; `share=False` copies its tensors."""
-    layer_weights = []
-    for site, (keys, values) in zip(sites, shared, strict=True):
-        weights = site.flat_weights(collapse(site.weights(), keys, values), keys)
-        dtype = site.projection("output").weight.dtype  # what is kept of all layers takes no more than the result
-        layer_weights.append({name: weight.to(dtype) for name, weight in weights.items()})
     with torch.no_grad():
-        return build_merged(model, plan, layer_weights, share=share)
+        return build_merged(model, plan, map(_collapsed, sites, shared), share=share)
+
+
+def _collapsed(site: AttentionSite, shared: tuple[SharedHeads, ...]) -> dict[str, Tensor]:
+    keys, values = shared
+    return site.flat_weights(collapse(site.weights(), keys, values), keys)
 
 
 def check_plan(plan: DHAPlan, sites: list[AttentionSite]) -> None:
