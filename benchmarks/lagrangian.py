@@ -137,9 +137,7 @@ def train(adapted: PeftModel, batches: list, args: argparse.Namespace) -> None:
             seed=args.seed,
         )
         trainer_class = DHATrainer if args.objective == "kl" else Trainer
-        schedule = DHACallback(
-            ramp=args.ramp, lambda1_rate=args.lambda1_rate, lambda2_rate=args.lambda2_rate, project=args.project
-        )
+        schedule = DHACallback(ramp=args.ramp, project=args.project)
         trainer = trainer_class(
             adapted,
             arguments,
@@ -188,9 +186,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=400)
     parser.add_argument("--lr", type=float, default=5e-3, help="of the frames")
     parser.add_argument("--omega-lr", type=float, default=3e-2, help="of the fusion matrices")
-    parser.add_argument("--ramp", type=float, default=0.6, help="share of the fusion steps until the target is 0")
-    parser.add_argument("--lambda1-rate", type=float, default=10.0)
-    parser.add_argument("--lambda2-rate", type=float, default=1000.0)
+    parser.add_argument("--ramp", type=float, default=0.7, help="share of the fusion steps until the target is 0")
     parser.add_argument("--project", action="store_true", help="hold the fusion loss to the target (ours)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -16,8 +16,8 @@ class DHACallback(TrainerCallback):
         search_steps: optimizer steps of the learned search; None takes a fifth of the run with `grouping="learned"`, else none.
         ramp: share of the remaining steps over which the fusion target falls to 0; the rest holds it there.
         lambda1_rate, lambda2_rate: ascent of the multipliers per step.
-        project: hold the fusion loss to the target after every step (ours), so that groups end tied; False leaves it to the
-            multipliers, as in the paper.
+        project: hold the fusion loss to the target after every step (ours), so that groups end exactly tied; False leaves it
+            to the multipliers, as in the paper.
 
     Multipliers and position are saved with the adapter, so a resumed run goes on where it stopped. Each step's figures are in
     `trainer.state.log_history` under `dha/...`.
@@ -27,8 +27,8 @@ class DHACallback(TrainerCallback):
         self,
         search_steps: int | None = None,
         ramp: float = 0.7,
-        lambda1_rate: float = 1.0,
-        lambda2_rate: float = 100.0,
+        lambda1_rate: float = 2.0,
+        lambda2_rate: float = 10.0,
         project: bool = True,
     ) -> None:
         if not 0 < ramp <= 1:
@@ -57,8 +57,7 @@ class DHACallback(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        if self.project:
-            self.schedule.project()
+        self.schedule.project() if self.project else self.schedule.pull()
 
     def on_log(
         self,

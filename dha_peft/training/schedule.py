@@ -1,9 +1,15 @@
 """The augmented Lagrangian that drives the heads of every group together (reconstruction of the paper's stages).
 
-    objective   L_LM + lambda1 (F - t) + lambda2 (F - t)^2
+    objective   min_omega max_lambda  L_LM + lambda1 (F - t) + lambda2 (F - t)^2
     target      t falls linearly from F_0 to 0 over the ramp, then stays 0
-    multipliers start at 0 and ascend on their own gradient, once per optimizer step
-    projection  after the optimizer's step, F > t is brought down to t exactly (ours, optional)
+    multipliers start at 0 and ascend on their own gradient, once per optimizer step; while t = 0 and F > 1e-5, lambda1 also grows by
+                a tenth each step, as weights of penalties do: a constraint whose gradient vanishes has no finite multiplier
+    pull        after the optimizer's step, the penalty's own proximal step on the fusion matrices
+    projection  in place of the pull: F > t is brought down to t exactly (ours, the default of `DHACallback`)
+
+The penalty is kept apart from the optimizer, as AdamW keeps weight decay: Adam divides a gradient by its size, and so would take away from
+the multipliers what they gained, and could not move faster than its learning rate allows. Near the end `dF/domega` vanishes like `sqrt(F)`,
+so that a penalty inside of the loss stalls where the language loss pushes back as hard (measured: `F` 3e-3 after 300 steps).
 
 Everything that a resumed run needs is in `HeadFusion.schedule` on the layers and is saved with the adapter.
 """
@@ -24,19 +30,24 @@ from ..attention import KINDS, find_attention
 from .learned_search import learned_plan
 
 SEARCH, FUSION = 0.0, 1.0
+TOLERANCE = 1e-5
+"""Fusion loss from which on nothing more is asked: heads are within 0.3 % of their collapse."""
 
 
 @dataclass(frozen=True)
 class ScheduleOptions:
     """`ramp_steps`: optimizer steps over which the target falls to 0. `search_steps`: steps of the learned search before it
-    (only with `grouping="learned"`). `lambda1_rate`, `lambda2_rate`: ascent per step. `search_target`: share of `F_0` that the search falls to.
+    (only with `grouping="learned"`). `lambda1_rate`, `lambda2_rate`: ascent per step; `F` is relative
+    to the heads' energy, so the rates suit any model. `search_target`: share of `F_0` that the search falls to. `growth`: factor on `lambda1` per step
+    after the ramp.
     """
 
     ramp_steps: int
     search_steps: int = 0
-    lambda1_rate: float = 1.0
-    lambda2_rate: float = 100.0
+    lambda1_rate: float = 2.0
+    lambda2_rate: float = 10.0
     search_target: float = 0.5
+    growth: float = 1.1
 
 
 @dataclass(frozen=True)
@@ -60,10 +71,10 @@ class FusionSchedule:
     """Drives the active DHA adapter of `model`. Usable from any training loop:
 
         schedule = FusionSchedule(model, ScheduleOptions(ramp_steps=300))
-        loss.backward(); schedule.step(); optimizer.step(); schedule.project()
+        loss.backward(); schedule.step(); optimizer.step(); schedule.pull()
 
-    `project` is optional (ours): with it the groups are tied, and the collapse exact, from the end of the ramp on. `step` adds the penalty's gradient to the adapter's, so it counts once per optimizer step whatever the accumulation and the
-    number of processes.
+    `project()` in place of `pull()` holds the target exactly (ours): groups are then tied, and the collapse exact, from the end of the ramp on.
+    None of them touches gradients, so the penalty counts once per optimizer step whatever the accumulation and the number of processes.
 
     Raises:
         ValueError: the model has no active DHA adapter.
@@ -75,39 +86,48 @@ class FusionSchedule:
         if not self.layers:
             raise ValueError("the model has no active DHA adapter; create it with `get_dha_model` before training.")
 
-    def step(self, gradient_scale: float = 1.0) -> ScheduleState:
-        """Add the penalty's gradient (times `gradient_scale`, for a loss scaler) and advance the multipliers."""
+    @torch.no_grad()
+    def step(self) -> ScheduleState:
+        """Advance target and multipliers; once per optimizer step."""
         memory = self._read()
         if self._searching(memory) and memory["step"] >= self.options.search_steps:
             self._end_search()
             memory = dict.fromkeys(SCHEDULE, 0.0) | {"phase": FUSION}
-        loss = self.fusion_loss()
-        value = float(loss.detach())
+        value = float(self.fusion_loss())
         if memory["step"] == 0:
             memory["start"] = value
         target = self._target(memory)
-        gap = loss - target
-        penalty = memory["lambda1"] * gap + memory["lambda2"] * gap**2
-        if penalty.requires_grad:
-            (penalty * gradient_scale).backward()
-        memory["lambda1"] += self.options.lambda1_rate * (value - target)
+        # F below its target is no violation: multipliers fall, but never push heads apart.
+        memory["lambda1"] = max(memory["lambda1"] + self.options.lambda1_rate * (value - target), 0.0)
         memory["lambda2"] += self.options.lambda2_rate * (value - target) ** 2
+        if target == 0 and value > TOLERANCE:
+            memory["lambda1"] *= self.options.growth
         memory["step"] += 1
         self._write(memory)
         return self._state(memory, value, target)
 
     @torch.no_grad()
-    def project(self) -> None:
-        """Bring a fusion loss above the next step's target down to it, by pulling the rows of every group together (ours).
+    def pull(self) -> None:
+        """The penalty's proximal step: all rows keep the share `s` of their distance from their group's mean that minimises
+        `slope s^2 F + (1 - s)^2 F`, with the slope `lambda1 + 2 lambda2 (F - t)` of the penalty at `F`."""
+        memory = self._read()
+        gap = float(self.fusion_loss()) - self._target(memory)
+        slope = memory["lambda1"] + 2 * memory["lambda2"] * max(gap, 0.0)
+        self._keep(1 / (1 + slope))
 
-        Multipliers alone end wherever the language loss pushes back as hard; the collapse then costs what is left."""
+    @torch.no_grad()
+    def project(self) -> None:
+        """Bring a fusion loss above the next step's target down to it (ours). In the search phase this is `pull`."""
         memory = self._read()
         if self._searching(memory):
-            return
+            return self.pull()
         loss, target = float(self.fusion_loss()), self._target(memory)
         if loss > target:
-            for layer in self.layers:
-                layer.active_fusion().pull((target / loss) ** 0.5)
+            self._keep((target / loss) ** 0.5)
+
+    def _keep(self, share: float) -> None:
+        for layer in self.layers:
+            layer.active_fusion().pull(share)
 
     def fusion_loss(self) -> Tensor:
         """Mean fusion loss over layers and kinds, with gradient."""
