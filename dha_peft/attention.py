@@ -184,7 +184,7 @@ def find_attention(model: nn.Module) -> list[AttentionSite]:
     """Every attention block of a supported model, in layer order.
 
     Raises:
-        ValueError: the model has no `config.model_type`, its type is not supported or is already converted, a block lacks
+        ValueError: the model has no `config.model_type`, its type is not supported or is already converted, it is quantized, a block lacks
             a key or value projection (as in multi-head latent attention), has one KV head, or heads of another size.
     """
     config: Any = getattr(model, "config", None)
@@ -193,6 +193,10 @@ def find_attention(model: nn.Module) -> list[AttentionSite]:
             f"`{type(model).__name__}` has no `config.model_type`, so its attention cannot be found; pass a transformers model."
         )
     family = family_of(config.model_type)
+    if getattr(model, "is_quantized", False) or getattr(config, "quantization_config", None):
+        raise ValueError(
+            "the base model is quantized, and heads are fused in full precision; call `dequantize()` first."
+        )
     try:
         blocks = family.blocks(model.base_model)
     except AttributeError as error:

@@ -88,10 +88,16 @@ class DHAConfig(PeftConfig):
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; choose one of {', '.join(map(repr, allowed))}.")
         for name in ("head_budget", "key_budget", "value_budget"):
             budget = getattr(self, name)
-            if budget is not None and not 0 < budget <= 1:
+            if budget is None and name != "head_budget":
+                continue
+            if not isinstance(budget, int | float) or not 0 < budget <= 1:
                 raise ValueError(
-                    f"`{name}` is {budget}, but it is the share of heads to keep; choose a number in (0, 1]."
+                    f"`{name}` is {budget!r}, but it is the share of heads to keep; choose a number in (0, 1]."
                 )
+        if not isinstance(self.min_heads, int) or self.min_heads < 1:
+            raise ValueError(f"`min_heads` is {self.min_heads!r}, but every layer needs a head of each kind; choose 1 or more.")
+        if not isinstance(self.damping, int | float) or not self.damping >= 0:
+            raise ValueError(f"`damping` is {self.damping!r}, but it is an exponent; choose a number from 0 on.")
         if self.exclude_modules:
             raise ValueError("`exclude_modules` is not supported: every layer is part of the budget; leave it empty.")
 

@@ -110,7 +110,8 @@ class DHAModel(BaseTuner):
     @torch.no_grad()
     def fusion_loss(self, adapter_name: str | None = None) -> float:
         """Mean fusion loss over layers and kinds of one adapter (default: the active one); 0 when every group is tied."""
-        return float(torch.stack([layer.fusion_loss(adapter_name) for layer in self._layers()]).mean())
+        losses = [float(layer.fusion_loss(adapter_name)) for layer in self._layers()]
+        return sum(losses) / len(losses)
 
     def _layers(self) -> list[DHALayer]:
         return [module for module in self.model.modules() if isinstance(module, DHALayer)]
@@ -160,6 +161,7 @@ class DHAModel(BaseTuner):
         name = self._adapter_to_merge(adapter_names)
         if name is None:
             return self._plain(super()._unload_and_optionally_merge(True, progressbar, safe_merge, adapter_names))
+        _check_learned(self.peft_config[name])
         plan, sites = self.plan(name), self._sites
         refuse_nested_adapters(sites)
         _warn_untied(self.fusion_loss(name))
@@ -232,6 +234,13 @@ def _check_targets(sites: list[AttentionSite]) -> None:
 
 def _layer(site: AttentionSite, kind: str) -> DHALayer:
     return site.outer(kind)
+
+
+def _check_learned(config: DHAConfig) -> None:
+    if config.grouping == "learned" and config.plan is None and config.init_weights:
+        raise ValueError(
+            '`grouping="learned"` has no groups before its search has run; train with DHACallback first, or choose another grouping.'
+        )
 
 
 def _warn_untied(loss: float) -> None:

@@ -4,7 +4,7 @@ decides how much an error matters, second moments of the loss gradient at every 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -241,6 +241,10 @@ def _masks(inputs: Batch, family: Family) -> dict[str, Tensor | None]:
 
 
 def _checked(data: Iterable[Batch], names: tuple[str, ...]) -> Iterator[Batch]:
+    if not isinstance(data, Iterable) or isinstance(data, Mapping):
+        raise ValueError(
+            f"`calibration_data` is one {type(data).__name__}, but it must yield batches; pass a list of them or a DataLoader."
+        )
     empty = True
     for batch in data:
         missing = [name for name in names if not hasattr(batch, "keys") or name not in batch]
@@ -250,10 +254,21 @@ def _checked(data: Iterable[Batch], names: tuple[str, ...]) -> Iterator[Batch]:
                 f"a batch of `calibration_data` has no `{missing[0]}` (it has {found}); yield dicts with "
                 f"`{'`, `'.join(names)}` (token ids are [batch, length]) and, if padded, `attention_mask`."
             )
+        for name in {"input_ids", "decoder_input_ids"} & set(batch.keys()):
+            _check_ids(name, batch[name])
         empty = False
         yield batch
     if empty:
         raise ValueError("`calibration_data` yields no batch; pass at least one, or None to use the weights alone.")
+
+
+def _check_ids(name: str, ids: Any) -> None:
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point() or not ids.numel():
+        found = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+        raise ValueError(
+            f"`{name}` of a batch of `calibration_data` is {found}, but it must be an integer tensor [batch, length] with tokens; "
+            "let the tokenizer return tensors (`return_tensors=\"pt\"`), and keep the batch dimension."
+        )
 
 
 def _check_finite(sites: list[AttentionSite]) -> None:

@@ -45,6 +45,11 @@ class DHACallback(TrainerCallback):
         learned = probe.needs_search
         search = self.search_steps if self.search_steps is not None else state.max_steps // 5
         search = search if learned else 0
+        if learned and not 0 <= search < state.max_steps:
+            raise ValueError(
+                f"`search_steps` is {search}, but the run has {state.max_steps} steps, of which some must be left for the fusion; "
+                "choose fewer, or train longer."
+            )
         ramp = max(int((state.max_steps - search) * self.ramp), 1)
         self.schedule = FusionSchedule(model, ScheduleOptions(ramp, search, **self.rates))
 

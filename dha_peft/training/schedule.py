@@ -131,7 +131,8 @@ class FusionSchedule:
 
     def fusion_loss(self) -> Tensor:
         """Mean fusion loss over layers and kinds, with gradient."""
-        return torch.stack([layer.fusion_loss() for layer in self.layers]).mean()
+        losses = [layer.fusion_loss() for layer in self.layers]
+        return torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
 
     @property
     def position(self) -> dict[str, float]:

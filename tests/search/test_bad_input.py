@@ -11,7 +11,7 @@ from dha_peft import DHAConfig, convert, get_dha_model
 
 
 @pytest.mark.parametrize("field", ["head_budget", "key_budget", "value_budget"])
-@pytest.mark.parametrize("budget", [0.0, -0.5, 1.01, float("nan")])
+@pytest.mark.parametrize("budget", [0.0, -0.5, 1.01, float("nan"), "half"])
 def test_budget_outside_0_to_1(field, budget):
     with pytest.raises(ValueError, match=f"`{field}` is"):
         DHAConfig(**{field: budget})
@@ -31,6 +31,31 @@ def test_too_small_a_budget_is_found_before_the_calibration_runs():
 
     with pytest.raises(ValueError, match="`head_budget` of 0.05"):
         get_dha_model(make_base(), DHAConfig(head_budget=0.05), batches())
+
+
+@pytest.mark.parametrize(("field", "value"), [("min_heads", 0), ("damping", -1.0), ("damping", float("nan"))])
+def test_numbers_that_make_no_sense(field, value):
+    with pytest.raises(ValueError, match=f"`{field}` is {value}.*choose"):
+        DHAConfig(**{field: value})
+
+
+@pytest.mark.parametrize("door", [convert, get_dha_model])
+def test_a_quantized_base_is_refused_before_the_calibration_runs(door):
+    def batches():
+        raise AssertionError("the calibration started")
+        yield
+
+    base = make_base()
+    base.config.quantization_config = {"quant_method": "fp8"}
+    with pytest.raises(ValueError, match="quantized.*`dequantize"):
+        door(base, DHAConfig(), batches())
+
+
+def test_learned_groups_cannot_be_merged_before_they_are_learned():
+    model = get_dha_model(make_base(), DHAConfig(grouping="learned"))
+    with pytest.raises(ValueError, match="no groups before its search has run"):
+        model.merge_and_unload()
+    assert model.base_model.plan().heads_after == 2 * LAYERS  # still an adapter: nothing was taken apart
 
 
 @pytest.mark.parametrize("field", ["fusion", "grouping", "allocation"])
@@ -83,11 +108,16 @@ def test_an_already_converted_model(door):
         ([{"attention_mask": torch.ones(1, 4)}], "has no `input_ids`"),
         ([torch.ones(1, 4, dtype=torch.long)], "has no `input_ids`"),
         ([], "yields no batch"),
+        ({"input_ids": torch.ones(1, 4, dtype=torch.long)}, "is one dict"),
+        (5, "is one int"),
+        ([{"input_ids": [[1, 2]]}], "is list"),
+        ([{"input_ids": torch.ones(4, dtype=torch.long)}], r"is torch.int64 \[4\]"),
+        ([{"input_ids": torch.rand(1, 4)}], r"is torch.float32 \[1, 4\]"),
     ],
 )
 def test_unusable_calibration_batches(door, batches, message):
     base = make_base().train()
-    with pytest.raises(ValueError, match=f"calibration_data.*{message}"):
+    with pytest.raises(ValueError, match=f"(?s)(?=.*calibration_data).*{message}"):
         door(base, DHAConfig(), batches)
     assert base.training and all(p.requires_grad for p in base.parameters())
 

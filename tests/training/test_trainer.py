@@ -222,6 +222,8 @@ def test_a_model_without_the_adapter_is_refused(tmp_path):
         FusionSchedule(make_base(), ScheduleOptions(1))
     with pytest.raises(ValueError, match="no active DHA adapter"):
         make_trainer(tmp_path, make_base(), 2).train()
+    with pytest.raises(ValueError, match="`search_steps` is 9, but the run has 4 steps"):
+        make_trainer(tmp_path, make_model(grouping="learned"), 4, schedule=DHACallback(search_steps=9)).train()
     with pytest.raises(ValueError, match="`ramp` is 0"):
         DHACallback(ramp=0)
 
