@@ -25,7 +25,8 @@ def train(folder: Path, batch: int) -> None:
     model = get_dha_model(make_base(), config, make_batches())
     rows = [{"input_ids": row, "labels": row} for row in make_ids(12)] * (2 * STEPS)
     args = TrainingArguments(
-        str(folder / "trainer"), max_steps=STEPS, per_device_train_batch_size=batch, use_cpu=True, ddp_backend="gloo",
+        str(folder / "trainer"), max_steps=STEPS, per_device_train_batch_size=batch, use_cpu=True,
+        ddp_backend="gloo" if "RANK" in os.environ else None,
         save_strategy="no", report_to=[], disable_tqdm=True, learning_rate=1e-2, seed=0, max_grad_norm=0.0,
     )  # fmt: skip
     trainer = Trainer(model, args, train_dataset=rows, callbacks=[DHACallback(project=False)])
@@ -42,12 +43,13 @@ def run(folder: Path, world: int) -> list:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    place = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    place = {**os.environ, "OMP_NUM_THREADS": "1"}
     place["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parent), place.get("PYTHONPATH", "")])
     command = [sys.executable, str(Path(__file__)), str(folder), str(4 // world)]
     jobs = []
     for rank in range(world):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)} if world > 1 else {}
+        own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if world > 1 else {}
         jobs.append(subprocess.Popen(command, env={**place, **own}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE))
     errors = [job.communicate(timeout=120)[1].decode() for job in jobs]
     assert not any(job.returncode for job in jobs), errors
