@@ -95,7 +95,9 @@ class DHAConfig(PeftConfig):
                     f"`{name}` is {budget!r}, but it is the share of heads to keep; choose a number in (0, 1]."
                 )
         if not isinstance(self.min_heads, int) or self.min_heads < 1:
-            raise ValueError(f"`min_heads` is {self.min_heads!r}, but every layer needs a head of each kind; choose 1 or more.")
+            raise ValueError(
+                f"`min_heads` is {self.min_heads!r}, but every layer needs a head of each kind; choose 1 or more."
+            )
         if not isinstance(self.damping, int | float) or not self.damping >= 0:
             raise ValueError(f"`damping` is {self.damping!r}, but it is an exponent; choose a number from 0 on.")
         if self.exclude_modules:

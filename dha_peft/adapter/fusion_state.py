@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..fusion.heads import FrameLayout, HeadMaps
-from ..fusion.operator import FusedHeads, fuse, fusion_loss, own_share
+from ..fusion.operator import FusedHeads, fuse, own_share
 from ..plan import Groups
 from ..search.analysis import Frames
 
@@ -82,10 +82,6 @@ class HeadFusion(nn.Module):
         layout = self.layout.to(heads.device)
         into, out = self.maps()
         return fuse(heads, self.omega, self._together(), into, out, layout)
-
-    def loss(self, heads: Tensor) -> Tensor:
-        """Fusion loss of these heads, a scalar; 0 when every group is tied."""
-        return fusion_loss(heads, self.fuse(heads))
 
     def maps(self) -> tuple[HeadMaps | None, HeadMaps | None]:
         """Maps into and out of the frames; None with linear fusion. A head alone in its group needs no frame: its maps are the

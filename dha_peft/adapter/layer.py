@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..fusion.collapse import SharedHeads
 from ..fusion.heads import FrameLayout
+from ..fusion.operator import distances
 from .config import DHAConfig
 from .fusion_state import HeadFusion
 
@@ -112,11 +113,18 @@ class DHALayer(nn.Module, BaseTunerLayer):
             rows = heads.flatten(0, 1).to(base.weight.dtype)
         return (rows, None) if base.bias is None else (rows[:, :-1], rows[:, -1])
 
-    def fusion_loss(self, adapter_name: str | None = None) -> Tensor:
-        """Fusion loss of one adapter on this projection; of the active one by default."""
+    def distances(self, adapter_name: str | None = None) -> tuple[Tensor, Tensor]:
+        """Squared distance of every head from its collapse, and the energy of the base's head, `[H]` each; of one adapter, by default
+        the active one."""
         fusion = self.active_fusion() if adapter_name is None else self.dha_fusion[adapter_name]
         with torch.autocast(self.get_base_layer().weight.device.type, enabled=False):
-            return fusion.loss(self.base_heads())
+            heads = self.base_heads()
+            return distances(heads, fusion.fuse(heads))
+
+    def fusion_loss(self, adapter_name: str | None = None) -> Tensor:
+        """Fusion loss of one adapter on this projection; of the active one by default."""
+        apart, energy = self.distances(adapter_name)
+        return apart.sum() / energy.sum()
 
     def shared_heads(self, adapter_name: str) -> SharedHeads:
         """What the collapse needs of this projection."""

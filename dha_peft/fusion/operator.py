@@ -63,7 +63,13 @@ def own_share(omega: Tensor, together: Tensor) -> Tensor:
     return own - (omega.sum(0) - own) / others
 
 
+def distances(heads: Tensor, fused: FusedHeads) -> tuple[Tensor, Tensor]:
+    """Squared distance of every head from its collapse, and the energy of the head that it was, `[H]` each."""
+    return (fused.heads - fused.collapsed).pow(2).sum((1, 2)), heads.pow(2).sum((1, 2))
+
+
 def fusion_loss(heads: Tensor, fused: FusedHeads) -> Tensor:
     """Relative distance of the layer's heads from their collapse, `sum ||W~_i - collapsed_i||^2 / sum ||W_i||^2`
     (reconstruction, measured on the heads that result). 0 means that the collapse changes nothing."""
-    return (fused.heads - fused.collapsed).pow(2).sum() / heads.pow(2).sum()
+    apart, energy = distances(heads, fused)
+    return apart.sum() / energy.sum()

@@ -267,7 +267,7 @@ def _check_ids(name: str, ids: Any) -> None:
         found = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
         raise ValueError(
             f"`{name}` of a batch of `calibration_data` is {found}, but it must be an integer tensor [batch, length] with tokens; "
-            "let the tokenizer return tensors (`return_tensors=\"pt\"`), and keep the batch dimension."
+            'let the tokenizer return tensors (`return_tensors="pt"`), and keep the batch dimension.'
         )
 
 

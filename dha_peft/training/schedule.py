@@ -93,7 +93,8 @@ class FusionSchedule:
         if self._searching(memory) and memory["step"] >= self.options.search_steps:
             self._end_search()
             memory = dict.fromkeys(SCHEDULE, 0.0) | {"phase": FUSION}
-        value = float(self.fusion_loss())
+        found = [layer.distances() for layer in self.layers]
+        value = _mean_loss(found)
         if memory["step"] == 0:
             memory["start"] = value
         target = self._target(memory)
@@ -104,14 +105,15 @@ class FusionSchedule:
             memory["lambda1"] *= self.options.growth
         memory["step"] += 1
         self._write(memory)
-        return self._state(memory, value, target)
+        heads = sum(_realised(layer, *both) for layer, both in zip(self.layers, found, strict=True))
+        return self._state(memory, value, target, heads)
 
     @torch.no_grad()
     def pull(self) -> None:
         """The penalty's proximal step: all rows keep the share `s` of their distance from their group's mean that minimises
         `slope s^2 F + (1 - s)^2 F`, with the slope `lambda1 + 2 lambda2 (F - t)` of the penalty at `F`."""
         memory = self._read()
-        gap = float(self.fusion_loss()) - self._target(memory)
+        gap = self.fusion_loss() - self._target(memory)
         slope = memory["lambda1"] + 2 * memory["lambda2"] * max(gap, 0.0)
         self._keep(1 / (1 + slope))
 
@@ -121,7 +123,7 @@ class FusionSchedule:
         memory = self._read()
         if self._searching(memory):
             return self.pull()
-        loss, target = float(self.fusion_loss()), self._target(memory)
+        loss, target = self.fusion_loss(), self._target(memory)
         if loss > target:
             self._keep((target / loss) ** 0.5)
 
@@ -129,10 +131,10 @@ class FusionSchedule:
         for layer in self.layers:
             layer.active_fusion().pull(share)
 
-    def fusion_loss(self) -> Tensor:
-        """Mean fusion loss over layers and kinds, with gradient."""
-        losses = [layer.fusion_loss() for layer in self.layers]
-        return torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
+    @torch.no_grad()
+    def fusion_loss(self) -> float:
+        """Mean fusion loss over layers and kinds."""
+        return _mean_loss([layer.distances() for layer in self.layers])
 
     @property
     def position(self) -> dict[str, float]:
@@ -174,17 +176,19 @@ class FusionSchedule:
         for layer in self.layers:
             layer.active_fusion().schedule.copy_(values)
 
-    @torch.no_grad()
-    def _state(self, memory: dict[str, float], value: float, target: float) -> ScheduleState:
+    def _state(self, memory: dict[str, float], value: float, target: float, heads: int) -> ScheduleState:
         phase = "search" if self._searching(memory) else "fusion"
-        heads = sum(_realised(layer) for layer in self.layers)
-        numbers = (memory["lambda1"], memory["lambda2"])
-        return ScheduleState(phase, int(memory["step"]), value, target, *numbers, heads)
+        return ScheduleState(phase, int(memory["step"]), value, target, memory["lambda1"], memory["lambda2"], heads)
 
 
-def _realised(layer: DHALayer) -> int:
+def _mean_loss(found: list[tuple[Tensor, Tensor]]) -> float:
+    """Mean fusion loss of several layers, from their distances."""
+    losses = torch.stack([(apart.sum() / energy.sum()).to(found[0][0].device) for apart, energy in found])
+    return float(losses.mean())
+
+
+def _realised(layer: DHALayer, apart: Tensor, energy: Tensor) -> int:
     """Distinct heads of one projection: a group whose members differ by less than `TIED` counts once."""
-    fusion, heads = layer.active_fusion(), layer.base_heads()
-    fused = fusion.fuse(heads)
-    apart = (fused.heads - fused.collapsed).pow(2).sum((1, 2)) / heads.pow(2).sum((1, 2)).clamp_min(1e-30)
-    return sum(1 if max(apart[list(g)].tolist()) < TIED else len(g) for g in fusion.groups)
+    relative = (apart / energy.clamp_min(torch.finfo(energy.dtype).tiny)).tolist()
+    groups = layer.active_fusion().groups
+    return sum(1 if max(relative[head] for head in group) < TIED else len(group) for group in groups)

@@ -61,7 +61,16 @@ def test_two_processes_train_as_one(tmp_path):
     [(logs, state, plan, alone)] = run(tmp_path / "one", 1)
     (first, second) = run(tmp_path / "two", 2)
     assert alone == 1 and first[3] == second[3] == 2
-    assert [log["dha/step"] for log in logs] == [1, 1, 2, 3, 4, 5, 6, 7]  # the fusion starts anew after one step of search
+    assert [log["dha/step"] for log in logs] == [
+        1,
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+        7,
+    ]  # the fusion starts anew after one step of search
     assert all(torch.equal(first[1][name], second[1][name]) for name in state)
     assert first[2] == second[2] == plan
     for theirs in (first[0], second[0]):
