@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 
 from .adapter import DHAConfig
 from .adapter.model import check_plan, collapse_model
-from .adapter.nesting import refuse_adapted_model, refuse_nested_adapters
+from .adapter.nesting import refuse_adapted_model, refuse_nested_adapters, refuse_peft_model
 from .attention import KINDS, AttentionSite, find_attention
 from .fusion.collapse import SharedHeads
 from .plan import DHAPlan, Groups
@@ -39,14 +39,17 @@ def get_dha_model(
         analysis: reuses the search of an earlier call on the same model for another budget.
 
     Raises:
-        ValueError: a budget below one head per layer, an unsupported model, unusable calibration data or weights.
+        ValueError: a budget below one head per layer, an unsupported model or one with adapters, unusable calibration data or
+            weights, an analysis of another model.
     """
     config = copy.deepcopy(config)
+    refuse_peft_model(model)
     if config.grouping == "learned" or config.plan is not None:
         return get_peft_model(model, config, adapter_name=adapter_name)
     sites = find_attention(model)
     refuse_nested_adapters(sites)
     check_budget(sites, config.search_options())
+    _check_analysis(analysis, sites)
     analysis = analysis or analyse(model, calibration_data, config.grouping)
     plan = analysis.plan(config.search_options())
     config.plan = plan.to_dict()
@@ -70,6 +73,7 @@ def convert(
         raise ValueError('`grouping="learned"` needs training; use `get_dha_model`, or another grouping.')
     refuse_adapted_model(model)
     plan = _given_plan(model, config)
+    _check_analysis(analysis, find_attention(model))
     analysis = analysis or analyse(model, calibration_data, config.grouping)
     plan = plan or analysis.plan(config.search_options())
     return collapse_model(model, analysis.sites, plan, closed_form(analysis, plan, config.fusion), share=False)
@@ -84,6 +88,22 @@ def _given_plan(model: nn.Module, config: DHAConfig) -> DHAPlan | None:
     plan = DHAPlan.from_dict(config.plan)
     check_plan(plan, sites)
     return plan
+
+
+def _check_analysis(analysis: Analysis | None, sites: list[AttentionSite]) -> None:
+    """Raise ValueError if an analysis was made on other weights than the model's (a copy of them will do)."""
+    if analysis is None:
+        return
+    ends = zip(analysis.sites[:1] + analysis.sites[-1:], sites[:1] + sites[-1:], strict=True)
+    same = len(analysis.sites) == len(sites) and all(
+        theirs.name == ours.name and _equal(theirs.part("key")[0], ours.part("key")[0]) for theirs, ours in ends
+    )
+    if not same:
+        raise ValueError("`analysis` was made on another model; call `analyse` on this one, or leave `analysis` out.")
+
+
+def _equal(left: Tensor, right: Tensor) -> bool:
+    return left.shape == right.shape and torch.equal(left, right.to(left.device))
 
 
 def closed_form(analysis: Analysis, plan: DHAPlan, fusion: str = "aligned") -> Iterator[tuple[SharedHeads, ...]]:

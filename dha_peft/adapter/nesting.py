@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
@@ -32,6 +33,15 @@ def refuse_adapted_model(model: nn.Module) -> None:
                 f"`{name}` already carries a {_method(module)} adapter, which the conversion would drop; merge it first "
                 "with `merge_and_unload()`."
             )
+
+
+def refuse_peft_model(model: nn.Module) -> None:
+    """Raise ValueError if a model that is to get its first DHA adapter is wrapped by peft, or has one."""
+    if isinstance(model, PeftModel) or any(isinstance(module, DHALayer) for module in model.modules()):
+        raise ValueError(
+            f"`{type(model).__name__}` carries adapters already; call `add_adapter` of the `PeftModel` for one more, or pass the "
+            "plain base, from `unload()` or `merge_and_unload()`."
+        )
 
 
 def guard_layers() -> None:

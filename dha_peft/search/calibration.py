@@ -41,7 +41,7 @@ def collect_statistics(
     Raises:
         ValueError: a batch without `input_ids`, no batch at all, or weights that are not finite.
     """
-    _check_finite(sites)
+    _check_weights(model)
     if data is None:
         warnings.warn(
             "no `calibration_data`: heads are compared by their weights alone, which costs quality; "
@@ -271,14 +271,16 @@ def _check_ids(name: str, ids: Any) -> None:
         )
 
 
-def _check_finite(sites: list[AttentionSite]) -> None:
-    for site in sites:
-        for kind in ("query", "key", "value", "output"):
-            if not all(torch.isfinite(tensor).all() for tensor in site.projection(kind).parameters()):
-                raise ValueError(
-                    f"`{site.name}.{site.projection_name(kind)}` holds NaN or infinite weights, so heads cannot be compared; "
-                    "load an intact checkpoint."
-                )
+def _check_weights(model: nn.Module) -> None:
+    """All weights, as any of them reaches the moments."""
+    for name, tensor in model.named_parameters():
+        place = name.rpartition(".")[0] or name
+        if tensor.is_meta:
+            raise ValueError(f"`{place}` is on the meta device, without weights to compare; load the checkpoint first.")
+        if not torch.isfinite(tensor).all():
+            raise ValueError(
+                f"`{place}` holds NaN or infinite weights, so heads cannot be compared; load an intact checkpoint."
+            )
 
 
 def _autocast(model: nn.Module):

@@ -7,7 +7,7 @@ import torch
 from adapter.tiny import HEADS, LAYERS, make_base, make_batches
 from torch import nn
 
-from dha_peft import DHAConfig, convert, get_dha_model
+from dha_peft import DHAConfig, analyse, convert, get_dha_model
 
 
 @pytest.mark.parametrize("field", ["head_budget", "key_budget", "value_budget"])
@@ -130,6 +130,31 @@ def test_weights_that_are_not_finite(kind, value):
     for door, data in ((convert, make_batches()), (get_dha_model, None)):
         with pytest.raises(ValueError, match="`model.layers.2.self_attn.k_proj` holds NaN or infinite"):
             door(base, DHAConfig(), data)
+
+
+def test_weights_that_are_not_finite_or_not_there_anywhere():
+    base = make_base()
+    base.model.embed_tokens.weight.data[5, 3] = float("nan")
+    with pytest.raises(ValueError, match="`model.embed_tokens` holds NaN"):
+        convert(base, DHAConfig(), make_batches())
+    with pytest.raises(ValueError, match="on the meta device"):
+        convert(make_base().to("meta"), DHAConfig(), make_batches())
+
+
+def test_a_model_with_adapters():
+    model = get_dha_model(make_base(), DHAConfig(head_budget=0.5), make_batches())
+    for carrier in (model, model.base_model.model):
+        with pytest.raises(ValueError, match="carries adapters already; call `add_adapter`"):
+            get_dha_model(carrier, DHAConfig(), make_batches())
+
+
+@pytest.mark.parametrize("door", [convert, get_dha_model])
+def test_an_analysis_of_another_model(door):
+    analysis = analyse(make_base(), make_batches())
+    for other in (make_base("qwen2"), make_base(num_hidden_layers=2), make_base(initializer_range=0.2)):
+        with pytest.raises(ValueError, match="`analysis` was made on another model"):
+            door(other, DHAConfig(), analysis=analysis)
+    door(make_base(), DHAConfig(), analysis=analysis)  # a copy of the same weights
 
 
 def test_learned_grouping_has_no_one_shot_conversion():
