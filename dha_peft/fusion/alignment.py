@@ -26,22 +26,21 @@ class GroupFrame:
     out: HeadMaps
 
 
-def align_group(problem: HeadProblem, members: list[int]) -> GroupFrame:
-    """Shared head and frames of one group in closed form. A group of one gets identity maps.
+def align_group(problem: HeadProblem) -> GroupFrame:
+    """Shared head and frames of one group, whose problem this is, in closed form. A group of one gets identity maps.
 
     The shared head is scaled to the mean norm of the heads that it replaces, so that later training sees weights of
     the usual size.
     """
     layout, like = problem.layout, problem.metric
-    if len(members) == 1:
+    if len(problem) == 1:
         maps = HeadMaps.identity(1, layout, dtype=like.dtype, device=like.device)
         return GroupFrame(maps, maps)
-    group = problem.select(members)
-    weighted = group.weighted()
-    pair_in, pair_out = _align_pairs(weighted.pair, group.pair, group.weight)
+    weighted = problem.weighted()
+    pair_in, pair_out = _align_pairs(weighted.pair, problem.pair, problem.weight)
     if layout.phases is not None:
-        return _rigid_frame(pair_out, group.pair, layout, group.rest)
-    full_in, full_out = _align_full(weighted, group.rest, group.metric)
+        return _rigid_frame(pair_out, problem.pair, layout, problem.rest)
+    full_in, full_out = _align_full(weighted, problem.rest, problem.metric)
     return GroupFrame(HeadMaps(pair_in, full_in), HeadMaps(pair_out, full_out))
 
 

@@ -70,25 +70,22 @@ class Analysis:
         return [self.layer_frames(index, layer) for index, layer in enumerate(plan.layers)]
 
     def layer_frames(self, index: int, layer: LayerPlan) -> dict[str, Frames]:
-        """Closed-form frames of one layer's groups."""
+        """Closed-form frames of one layer's groups, in single precision."""
         groups = {"key": layer.key_groups, "value": layer.value_groups}
-        return {kind: group_frames(self._problem(index, kind), groups[kind]) for kind in KINDS}
+        return {kind: self._frames(index, kind, groups[kind]) for kind in KINDS}
 
-    def _problem(self, index: int, kind: str) -> HeadProblem:
+    def _frames(self, index: int, kind: str, groups: Groups) -> Frames:
+        site, device = self.sites[index], self.statistics.moments[index].device
+        maps = [HeadMaps.identity(site.num_heads, site.layout(kind), device=device) for _ in range(2)]
+        for members in [list(group) for group in groups if len(group) > 1]:
+            frame = align_group(self._problem(index, kind, members))
+            for target, source in zip(maps, (frame.into, frame.out), strict=True):
+                target.pair[members], target.full[members] = source.pair.float(), source.full.float()
+        return Frames(*maps)
+
+    def _problem(self, index: int, kind: str, members: list[int]) -> HeadProblem:
         kept = self.problems[index].get(kind) if self.problems else None
-        return kept or layer_problem(self.sites[index], self.statistics, kind)
-
-
-def group_frames(problem: HeadProblem, groups: Groups) -> Frames:
-    """Frames of all groups, in single precision."""
-    like = problem.metric
-    maps = [HeadMaps.identity(len(problem), problem.layout, dtype=like.dtype, device=like.device) for _ in range(2)]
-    for group in groups:
-        members = list(group)
-        frame = align_group(problem, members)
-        for target, source in zip(maps, (frame.into, frame.out), strict=True):
-            target.pair[members], target.full[members] = source.pair, source.full
-    return Frames(*(m.to(torch.float32) for m in maps))
+        return kept.select(members) if kept else layer_problem(self.sites[index], self.statistics, kind, members)
 
 
 def analyse(
@@ -113,10 +110,15 @@ def search_groups(sites: list[AttentionSite], statistics: Statistics, grouping: 
     return Analysis(sites, statistics, curves, problems)
 
 
-def layer_problem(site: AttentionSite, statistics: Statistics, kind: str) -> HeadProblem:
-    """The alignment problem of one layer and kind: in float64 where that takes no time, in float32 for large layers."""
+def layer_problem(
+    site: AttentionSite, statistics: Statistics, kind: str, members: list[int] | None = None
+) -> HeadProblem:
+    """The alignment problem of one layer and kind, or of some of its heads: in float64 where that takes no time, in float32
+    for large layers."""
     heads, moment = _heads(site, statistics, kind)
     metric = statistics.metrics[site.index][kind].to(heads.dtype)
+    if members is not None:
+        heads, metric = heads[members], metric[members]
     return HeadProblem.from_heads(heads, moment, metric, site.layout(kind).to(heads.device))
 
 

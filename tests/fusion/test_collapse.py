@@ -61,7 +61,7 @@ def group_frames(heads, moment, metric, groups, layout):
     shared, out = [], HeadMaps.identity(HEADS, layout, dtype=heads.dtype)
     problem = HeadProblem.from_heads(heads, moment, metric, layout)
     for group in map(list, groups):
-        frame = align_group(problem, group)
+        frame = align_group(problem.select(group))
         shared.append(frame.into.apply(heads[group], layout).sum(0))
         out.pair[group], out.full[group] = frame.out.pair, frame.out.full
     return SharedHeads(groups, torch.stack(shared), out, layout)
