@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from dha_peft import FusionSchedule, ScheduleOptions
 from dha_peft.training import healing_loss
 
-
 FEWEST_ROWS = 4
 """Updates, and so rows, that a fusion stage needs at least: one each to search, to ramp and to hold, and one more."""
 
