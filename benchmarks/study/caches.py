@@ -47,7 +47,7 @@ VARIANTS = (
     Variant("full"),
     Variant("4 bits", bits=4),
     Variant("2 bits", bits=2),
-    *(Variant(f"{press.removesuffix('Press')}, {keep:.0%} of tokens", press=press, keep=keep)
+    *(Variant(f"{press.removesuffix('Press')}, {100 * keep:g} % of tokens", press=press, keep=keep)
       for press in ("KnormPress", "StreamingLLMPress", "KeyDiffPress") for keep in (0.5, 0.25)),
 )  # fmt: skip
 GROUP = 32
@@ -65,9 +65,11 @@ def main() -> None:
 
 def measured(study: Study, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One row per model and variant. `bytes_per_token`: of the prefilled cache, over the tokens of the context."""
-    windows = study.validation[: args.windows * args.length].view(-1, args.length)
+    windows = study.validation[: args.windows * args.length].view(-1, args.length).to(args.measure_device)
     for method, budget in [("base", 1.0), *((m, b) for m in args.methods for b in args.budgets)]:
-        model = trained(study, Job(method, budget, args.fraction, METHODS[method].share, args.seed))
+        model = trained(
+            study, Job(method, budget, args.fraction, METHODS[method].share, args.seed), args.measure_device
+        )
         for variant in VARIANTS:
             loss, size = continuation(model, windows, args.context, variant)
             yield {
@@ -81,11 +83,11 @@ def measured(study: Study, args: argparse.Namespace) -> Iterator[dict[str, Any]]
             print(f"{method} {budget} {variant.label}: {loss:.4f}, {size:.1f} bytes per token", flush=True)
 
 
-def trained(study: Study, job: Job) -> nn.Module:
-    """The job's model in bfloat16; the base itself needs no training."""
+def trained(study: Study, job: Job, device: str) -> nn.Module:
+    """The job's model in bfloat16 on the device that measures; the base itself needs no training."""
     set_seed(job.seed)
     model = study.base if job.method == "base" else recover(study, job, study.order(job))[0]
-    return copy.deepcopy(model).to(torch.bfloat16).eval()
+    return copy.deepcopy(model).to(device=device, dtype=torch.bfloat16).eval()
 
 
 @torch.no_grad()
@@ -160,8 +162,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=384, help="tokens that are prefilled; the row's others continue")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", type=Path, default=Path("docs/results/study"))
-    parser.add_argument("--device", default=devices()[0])
-    return parser.parse_args()
+    parser.add_argument("--device", default=devices()[0], help="for calibration and training")
+    parser.add_argument(
+        "--measure-device", help="for the caches (default: the same); quanto compiles its kernels on a GPU"
+    )
+    args = parser.parse_args()
+    args.measure_device = args.measure_device or args.device
+    return args
 
 
 if __name__ == "__main__":

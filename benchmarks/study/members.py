@@ -49,7 +49,8 @@ def read_from(gram: Tensor, layout: FrameLayout, group: list[int], member: int) 
     pairs, rest = pair_gram(gram, layout), rest_gram(gram, layout)
     own = pairs[:, member, member].real.clamp_min(torch.finfo(gram.dtype).tiny)
     factors = (pairs[:, group, member] / own[:, None]).T.contiguous()
-    return HeadMaps(torch.view_as_real(factors), rest[group, member] @ torch.linalg.pinv(rest[member, member]))
+    maps = HeadMaps(torch.view_as_real(factors), rest[group, member] @ torch.linalg.pinv(rest[member, member]))
+    return maps.restricted(layout)
 
 
 def _error(gram: Tensor, metric: Tensor, layout: FrameLayout, group: list[int], member: int, out: HeadMaps) -> float:
