@@ -12,14 +12,14 @@ from typing import Any
 class Method:
     """How a base becomes a smaller model and recovers.
 
-    `fields` go to `DHAConfig`. `next_token` is the share of the next-token loss, the rest is the KL from the base. `share` is the
+    `fields` go to `DHAConfig`. `distil`: the base is the teacher, else the next token is. `share` is the
     share of all tokens that goes into the fusion stage (base frozen, adapter trained). `one_member`: a group's shared head is
     its best member instead of a fused one.
     """
 
     label: str
     fields: dict[str, Any] = field(default_factory=dict)
-    next_token: float = 0.0
+    distil: bool = True
     share: float = 0.0
     one_member: bool = False
 
@@ -38,12 +38,12 @@ METHODS = {
     "gqa": Method(
         "GQA (mean pool)",
         {"fusion": "linear", "grouping": "contiguous", "allocation": "uniform"},
-        next_token=1.0,
+        distil=False,
     ),
     "linear": Method(
         "DHA linear (the paper's, reconstructed)",
         {"fusion": "linear", "grouping": "learned"},
-        next_token=1.0,
+        distil=False,
         share=0.25,
     ),
     "aligned": Method("DHA aligned (ours)"),
@@ -51,7 +51,7 @@ METHODS = {
     "uniform": Method("without adaptive budgets", {"allocation": "uniform"}),
     "undamped": Method("budgets undamped", {"damping": 1.0}),
     "unaligned": Method("without alignment (mean pool in the same groups)", {"fusion": "linear"}),
-    "next-token": Method("without distillation (next token)", next_token=1.0),
+    "next-token": Method("without distillation (next token)", distil=False),
     "cka": Method("grouped by CKA, aligned fusion", {"grouping": "cka"}),
     "cka-linear": Method("grouped by CKA, mean pool", {"grouping": "cka", "fusion": "linear"}),
 }

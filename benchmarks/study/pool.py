@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -111,6 +112,7 @@ def _start(load: Load, devices: list[str], counter: Any) -> None:
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
     torch.set_num_threads(1)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # a line per document that is too long
     _study = load(device)
 
 

@@ -17,7 +17,7 @@ from dha_peft.texts import evaluate_loss
 
 from .members import keep_members
 from .methods import METHODS, Job, Method
-from .training import FEWEST_ROWS, Rates, fuse, heal
+from .training import FEWEST_ROWS, Rates, continue_pretraining, fuse, heal
 
 KEYS = ("method", "budget", "fraction", "share", "seed")
 FIELDS = (*KEYS, "tokens", "kept_heads", "before_collapse", "loss", "seconds", "device")
@@ -98,13 +98,15 @@ def recover(study: Study, job: Job, rows: Tensor) -> tuple[nn.Module, float | No
     fusion_rows = max(round(job.share * len(rows)), FEWEST_ROWS if method.trains_groups else 0)
     if fusion_rows:
         adapted = get_dha_model(copy.deepcopy(study.base), config, analysis=study.analyses.get(method.grouping))
-        fuse(adapted, rows[:fusion_rows], method.next_token, method.trains_groups, study.rates)
+        fuse(adapted, rows[:fusion_rows], method.distil, method.trains_groups, study.rates)
         before = evaluate_loss(adapted, study.validation, study.length)
         model = adapted.merge_and_unload()
     else:
         model = at_once(study, method, config)
-    if len(rows) > fusion_rows:
-        heal(model, rows[fusion_rows:], study.base, method.next_token, study.rates)
+    if len(rows) > fusion_rows and method.distil:
+        heal(model, rows[fusion_rows:], study.base, study.rates)
+    elif len(rows) > fusion_rows:
+        continue_pretraining(model, rows[fusion_rows:], study.rates)
     return model.eval(), before
 
 

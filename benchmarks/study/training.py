@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -25,14 +27,23 @@ class Rates:
     omega: float = 3e-2
 
 
-def heal(student: nn.Module, rows: Tensor, teacher: nn.Module | None, next_token: float, rates: Rates) -> None:
-    """Train all weights of a merged `student` in place on `rows` `[N, T]`: every row once, in order."""
-    student.requires_grad_(True)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=rates.weights, weight_decay=0.0, betas=(0.9, 0.95))
-    _train(student, rows, teacher, next_token, optimizer, max(math.ceil(len(rows) / rates.rows), 1))
+def heal(student: nn.Module, rows: Tensor, teacher: nn.Module, rates: Rates) -> None:
+    """Train all weights of a merged `student` in place against its base on `rows` `[N, T]`: every row once, in order."""
+    _train(
+        student,
+        rows,
+        partial(healing_loss, student, teacher=teacher),
+        _all_weights(student, rates),
+        _updates(rows, rates),
+    )
 
 
-def fuse(student: nn.Module, rows: Tensor, next_token: float, learned: bool, rates: Rates) -> None:
+def continue_pretraining(student: nn.Module, rows: Tensor, rates: Rates) -> None:
+    """The same on the next token alone, which needs no teacher."""
+    _train(student, rows, partial(next_token_loss, student), _all_weights(student, rates), _updates(rows, rates))
+
+
+def fuse(student: nn.Module, rows: Tensor, distil: bool, learned: bool, rates: Rates) -> None:
     """Train the adapter of `student` on `rows`, its base frozen, until its groups are tied. With `learned`, the first fifth of the
     updates finds the groups. Few rows are used in smaller updates, so that every stage has one.
 
@@ -50,14 +61,14 @@ def fuse(student: nn.Module, rows: Tensor, next_token: float, learned: bool, rat
         for omega, rate in ((True, rates.omega), (False, rates.frames))
     ]
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
-    _train(student, rows, None, next_token, optimizer, updates, FusionSchedule(student, options))
+    loss = partial(healing_loss if distil else next_token_loss, student)
+    _train(student, rows, loss, optimizer, updates, FusionSchedule(student, options))
 
 
 def _train(
     student: nn.Module,
     rows: Tensor,
-    teacher: nn.Module | None,
-    next_token: float,
+    loss: Callable[[Tensor], Tensor],
     optimizer: torch.optim.Optimizer,
     updates: int,
     schedule: FusionSchedule | None = None,
@@ -68,7 +79,7 @@ def _train(
     rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, updates))
     for batch in rows.tensor_split(updates):
         with torch.autocast(rows.device.type, torch.bfloat16):
-            _loss(student, batch, teacher, next_token).backward()
+            loss(batch).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         if schedule is not None:
             schedule.step()
@@ -80,11 +91,18 @@ def _train(
     student.eval()
 
 
-def _loss(student: nn.Module, batch: Tensor, teacher: nn.Module | None, next_token: float) -> Tensor:
-    """Plain next-token training needs no teacher, so it pays for none."""
-    if next_token == 1.0:
-        return student(input_ids=batch, labels=batch, use_cache=False).loss
-    return healing_loss(student, batch, teacher=teacher, next_token=next_token)
+def next_token_loss(student: nn.Module, batch: Tensor) -> Tensor:
+    """Of a batch of rows `[B, T]`, in nats per token."""
+    return student(input_ids=batch, labels=batch, use_cache=False).loss
+
+
+def _all_weights(student: nn.Module, rates: Rates) -> torch.optim.Optimizer:
+    student.requires_grad_(True)
+    return torch.optim.AdamW(student.parameters(), lr=rates.weights, weight_decay=0.0, betas=(0.9, 0.95))
+
+
+def _updates(rows: Tensor, rates: Rates) -> int:
+    return max(math.ceil(len(rows) / rates.rows), 1)
 
 
 def _rate(step: int, updates: int) -> float:
