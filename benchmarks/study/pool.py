@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import logging
+import os
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from multiprocessing import get_context
@@ -55,30 +57,58 @@ class Pace:
         return self.seconds[min(larger)] if larger else 0.0
 
 
-def fill(
-    jobs: list[Job], losses: Table, scores: Table, workers: int, devices: list[str], load: Load, minutes: float
-) -> int:
-    """Run the jobs that `losses` lacks, `workers` at a time on `devices` in turn, and return how many are left.
+class Workers:
+    """Processes that run one job at a time, spread over the devices. Each sees one GPU only: a Trainer takes all that it sees."""
 
-    `load(device)` makes a worker's `Study`. Nothing is started that by the pace of the jobs so far would not end within `minutes`. Only
-    this process writes, so one command at a time may use the files.
+    def __init__(self, count: int, devices: list[str], load: Load) -> None:
+        context, most = get_context("spawn"), -(-count // len(devices))
+        self.visible = [_gpu_number(device) for device in devices]
+        self.pools = [
+            ProcessPoolExecutor(most, context, _start, (load, "cpu" if number is None else "cuda"))
+            for number in self.visible
+        ]
+        self.free = deque(index % len(devices) for index in range(count))
+        self.running: dict[Future, tuple[Job, int, float]] = {}
+
+    def submit(self, job: Job) -> None:
+        """Give a job to a free worker. A process that starts now inherits the environment as it is set here."""
+        index = self.free.popleft()
+        if self.visible[index] is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = self.visible[index]
+        self.running[self.pools[index].submit(_run, job)] = job, index, time.monotonic()
+
+    def ended(self) -> list[tuple[Future, Job, float]]:
+        """Wait for a job, and return those that ended with the seconds that they took."""
+        found = []
+        for future in wait(self.running, return_when=FIRST_COMPLETED).done:
+            job, index, start = self.running.pop(future)
+            self.free.append(index)
+            found.append((future, job, time.monotonic() - start))
+        return found
+
+    def close(self) -> None:
+        for pool in self.pools:
+            pool.shutdown()
+
+
+def fill(jobs: list[Job], losses: Table, scores: Table, workers: Workers, minutes: float) -> int:
+    """Run the jobs that `losses` lacks, and return how many are left.
+
+    Nothing is started that by the pace of the jobs so far would not end within `minutes`. Only this process writes, so one command
+    at a time may use the files.
     """
     done, pace, failed = losses.keys(), Pace(), 0
     waiting = [job for job in jobs if job.key not in done]
-    print(f"{len(jobs)} jobs, {len(waiting)} to run, {workers} workers on {', '.join(devices)}", flush=True)
+    print(f"{len(jobs)} jobs, {len(waiting)} to run, {len(workers.free)} workers", flush=True)
     deadline = time.monotonic() + 60 * minutes
-    running: dict[Future, tuple[Job, float]] = {}
-    context = get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _start, (load, devices, context.Value("i", 0))) as pool:
-        while True:
-            while len(running) < workers and (job := _next(waiting, pace, deadline)):
-                running[pool.submit(_run, job)] = job, time.monotonic()
-            if not running:
-                return len(waiting) + failed
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                job, start = running.pop(future)
-                pace.learn(job, time.monotonic() - start)
-                failed += not _finish(future, job, losses, scores)
+    while True:
+        while workers.free and (job := _next(waiting, pace, deadline)):
+            workers.submit(job)
+        if not workers.running:
+            return len(waiting) + failed
+        for future, job, seconds in workers.ended():
+            pace.learn(job, seconds)
+            failed += not _finish(future, job, losses, scores)
 
 
 def _next(waiting: list[Job], pace: Pace, deadline: float) -> Job | None:
@@ -103,16 +133,20 @@ def _finish(future: Future, job: Job, losses: Table, scores: Table) -> bool:
     return True
 
 
-def _start(load: Load, devices: list[str], counter: Any) -> None:
-    """Give this worker one device, in turn, and load what its jobs share."""
+def _gpu_number(device: str) -> str | None:
+    """What `CUDA_VISIBLE_DEVICES` must say for a process to see this GPU alone; None for the CPU."""
+    if not device.startswith("cuda"):
+        return None
+    index = int(device.partition(":")[2] or 0)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",")[index] if visible else str(index)
+
+
+def _start(load: Load, device: str) -> None:
+    """Load what a worker's jobs share."""
     global _study
-    with counter.get_lock():
-        index, counter.value = counter.value, counter.value + 1
-    device = devices[index % len(devices)]
-    if device.startswith("cuda"):
-        torch.cuda.set_device(device)
     torch.set_num_threads(1)
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # a line per document that is too long
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it says a line for every document that is too long
     _study = load(device)
 
 

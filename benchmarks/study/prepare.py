@@ -37,12 +37,14 @@ def prepare(args: argparse.Namespace, path: Path, train_tokens: int) -> None:
     sites = find_attention(base)
     statistics = collect_statistics(base, sites, [{"input_ids": batch} for batch in calibration])
     curves = {grouping: search_groups(sites, statistics, grouping).curves for grouping in GROUPINGS}
-    torch.save({"rows": rows, "validation": validation, "statistics": vars(statistics), "curves": curves}, path)
+    partial = path.with_suffix(".partial")
+    torch.save({"rows": rows, "validation": validation, "statistics": vars(statistics), "curves": curves}, partial)
+    partial.replace(path)
 
 
 def load(path: Path, model: str, device: str, **fields: Any) -> Study:
     """The shared file as one worker's `Study` on its device. The file holds our own classes, so load only files that you made."""
-    saved = torch.load(path, weights_only=False)
+    saved = torch.load(path, map_location="cpu", weights_only=False)
     base = load_base(model, device)
     sites, raw = find_attention(base), saved["statistics"]
     moved = {

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from .methods import TABLES, Sizes, jobs
-from .pool import Table, fill
+from .pool import Table, Workers, fill
 from .prepare import load, prepare
 from .recovery import FIELDS, SCORE_FIELDS, Tasks
 from .training import Rates
@@ -47,9 +47,9 @@ def main() -> None:
         losses, scores = (Table(args.results / name, columns) for name, columns in
                           (("losses.csv", FIELDS), ("scores.csv", SCORE_FIELDS)))  # fmt: skip
         minutes = args.minutes - (time.monotonic() - start) / 60
-        left = fill(
-            wanted, losses, scores, args.workers, args.devices, partial(load, path, args.model, **context), minutes
-        )
+        workers = Workers(args.workers, args.devices, partial(load, path, args.model, **context))
+        left = fill(wanted, losses, scores, workers, minutes)
+        workers.close()
     print(f"{left} jobs left, {time.monotonic() - start:.0f} s", flush=True)
 
 
