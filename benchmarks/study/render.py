@@ -114,6 +114,7 @@ def caches_table(rows: list[Row]) -> str:
         [
             METHODS[r["method"]].label,
             share(r["budget"]),
+            "" if r["method"] == "base" else share(r["fraction"]),
             r["cache"],
             f"{r['loss']:.3f}",
             f"{r['loss'] - where(rows, method=r['method'], budget=r['budget'], cache='full')[0]['loss']:+.3f}",
@@ -125,6 +126,7 @@ def caches_table(rows: list[Row]) -> str:
     head = [
         "model",
         "kept",
+        "tokens",
         "cache",
         "loss",
         "against its full cache",
