@@ -170,6 +170,7 @@ PARTS: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "split": ("losses", split_table),
     "cka": ("losses", variants_table(CKA)),
     "caches": ("caches", caches_table),
+    "caches_costs": ("caches", sentences.caches),
     "similarity": ("similarity", sentences.similarity),
     "redundancy": ("redundancy", sentences.redundancy),
     "fused": ("fused", fused_table),

@@ -60,14 +60,37 @@ def redundancy(rows: list[Row]) -> str:
     return f"Means over all layers (raw / CKA / aligned): {', '.join(parts)}."
 
 
+def caches(rows: list[Row]) -> str:
+    """What quantization costs every model, and what the base's own smaller caches lose at a fused model's bytes."""
+    models = [(m, b) for m in distinct(rows, "method") for b in distinct(where(rows, method=m), "budget")]
+    cells = {model: {r["cache"]: r for r in where(rows, method=model[0], budget=model[1])} for model in models}
+    costs = [
+        f"{bits} cost "
+        + ", ".join(f"{own[bits]['loss'] - own['full']['loss']:+.3f} at {share(b)}" for (_, b), own in cells.items())
+        for bits in ("4 bits", "2 bits")
+    ]
+    base, best = cells["base", 1.0], []
+    for (method, budget), own in cells.items():
+        small = [r for r in base.values() if r["bytes_per_token"] <= own["full"]["bytes_per_token"]]
+        if method != "base" and small:
+            found = min(small, key=lambda r: r["loss"])
+            best.append(
+                f"{share(budget)} of the heads {own['full']['loss']:.3f}, the base with {found['cache']} {found['loss']:.3f}"
+            )
+    return f"{'; '.join(costs)} of the heads. Where a fused model's full cache and the base's cache are about as small: {'; '.join(best)}."
+
+
 def budgets(rows: list[Row]) -> str:
     """Fewest and most heads under each rule."""
     names = {"uniform": "equal", "undamped": "undamped", "aligned": "damped"}
     parts = []
     for rule, label in names.items():
         own = where(rows, rule=rule)
-        counts = [[int(r[kind]) for r in own] for kind in ("keys", "values")]
-        parts.append(
-            f"{label}: {min(counts[0])} to {max(counts[0])} key heads and {min(counts[1])} to {max(counts[1])} value heads"
-        )
+        keys, values = (_range([int(r[kind]) for r in own]) for kind in ("keys", "values"))
+        parts.append(f"{label}: {keys} key heads and {values} value heads")
     return f"Heads kept per layer at {share(rows[0]['budget'])}, {'; '.join(parts)}."
+
+
+def _range(counts: list[int]) -> str:
+    low, high = min(counts), max(counts)
+    return str(low) if low == high else f"{low} to {high}"
