@@ -95,8 +95,8 @@ def dha_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Any,
-    scaling: float | None = None,
     dropout: float = 0.0,
+    scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention function of merged layers: `query [B, H, T, d]`, `key [B, Hk, S, d]`, `value [B, Hv, S, d]`.
