@@ -79,8 +79,8 @@ def decode_attention(
         out = _kernel(query, key, value, maps.key_map, maps.value_map, scale, mask=mask, step=step)
         if out is not None:
             return out.transpose(1, 2).contiguous(), None
-    out, probs = grouped_attention(query, key, value, maps, scale, mask, softcap)
-    return out.transpose(1, 2).contiguous(), probs if weights else None
+    out, probs = grouped_attention(query, key, value, maps, scale, mask, softcap, weights)
+    return out.transpose(1, 2).contiguous(), probs
 
 
 def grouped_attention(
@@ -91,7 +91,8 @@ def grouped_attention(
     scale: float,
     mask: Tensor | None = None,
     softcap: float | None = None,
-) -> tuple[Tensor, Tensor]:
+    weights: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """Scores per key group, softmax per query head, values per value group.
 
     Args:
@@ -100,18 +101,45 @@ def grouped_attention(
         softcap: scores become `softcap * tanh(scores / softcap)` (Gemma 2).
 
     Returns:
-        Output `[B, H, T, d]` and probabilities `[B, H, T, S]`, in the value's dtype.
+        Output `[B, H, T, d]` and, if `weights`, probabilities `[B, H, T, S]`, in the value's dtype.
     """
-    batch, _, length, _ = query.shape
-    rows = query.index_select(1, maps.key_rows).reshape(batch, maps.num_key_heads, -1, query.shape[-1])
-    scores = torch.matmul(rows, key.transpose(2, 3)).reshape(batch, -1, length, key.shape[2])
-    scores = scores.index_select(1, maps.key_slots).float() * scale
+    if not maps.queries_in_place:
+        query = query.index_select(1, maps.key_rows)
+    scores = _per_head(query, key.transpose(2, 3)).float() * scale
+    # The softmax is over query heads, or right away over the rows that the values want if there are no more of those.
+    if not maps.values_even:
+        scores = scores.index_select(1, maps.key_slots)
+    elif not maps.rows_in_place:
+        scores = scores.index_select(1, maps.rows_between)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     if mask is not None:
-        low = torch.finfo(torch.float32).min
-        scores = scores.masked_fill(~mask, low) if mask.dtype == torch.bool else scores + mask
+        scores = _masked(scores, mask, maps)
     probs = torch.softmax(scores, dim=-1).to(value.dtype)
-    rows = probs.index_select(1, maps.value_rows).reshape(batch, maps.num_value_heads, -1, key.shape[2])
-    out = torch.matmul(rows, value).reshape(batch, -1, length, value.shape[-1])
-    return out.index_select(1, maps.value_slots), probs
+    out = _per_head(probs if maps.values_even else probs.index_select(1, maps.value_rows), value)
+    if not maps.outputs_in_place:
+        out = out.index_select(1, maps.value_slots)
+        if weights and maps.values_even:
+            probs = probs.index_select(1, maps.value_slots)
+    return out, probs if weights else None
+
+
+def _per_head(rows: Tensor, heads: Tensor) -> Tensor:
+    """`[B, G * n, T, x]` rows, n of them for each of the heads `[B, G, x, y]` -> `[B, G * n, T, y]`.
+
+    `torch.matmul` would copy heads whose batch and head dimensions are not one stretch, such as a slice of a cache.
+    """
+    batch, groups, inner, outer = heads.shape
+    length = rows.shape[2]
+    rows = rows.reshape(batch * groups, -1, inner)
+    if batch == 1 or heads.stride(0) == groups * heads.stride(1):
+        found = torch.bmm(rows, heads.flatten(0, 1))
+    else:
+        found = torch.cat([torch.bmm(r, h) for r, h in zip(rows.split(groups), heads, strict=True)])
+    return found.view(batch, -1, length, outer)
+
+
+def _masked(scores: Tensor, mask: Tensor, maps: HeadMaps) -> Tensor:
+    if mask.shape[1] > 1 and maps.values_even:
+        mask = mask.index_select(1, maps.value_rows)
+    return scores.masked_fill(~mask, torch.finfo(torch.float32).min) if mask.dtype == torch.bool else scores + mask
