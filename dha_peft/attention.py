@@ -115,12 +115,13 @@ class AttentionSite:
 
     def weights(self, dtype: torch.dtype = torch.float32) -> AttentionWeights:
         """The block's weights `[heads, d, E]`; biases, if any projection has one, are the last column."""
-        query, key, value = (self._heads(kind, dtype) for kind in ("query", "key", "value"))
+        query, key, value = (self.heads(kind, dtype) for kind in ("query", "key", "value"))
         output = self.part("output")[0].to(dtype)
         output = output.reshape(output.shape[0], self.num_query_heads, self.head_dim).transpose(0, 1)
         return AttentionWeights(query, key, value, output)
 
-    def _heads(self, kind: str, dtype: torch.dtype) -> Tensor:
+    def heads(self, kind: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Heads `[heads, d, E]` of "query", "key" or "value"; see `weights`."""
         weight, bias = self.part(kind)
         weight = weight.to(dtype)
         if self.has_bias:
@@ -134,7 +135,7 @@ class AttentionSite:
         flat = {"o": weights.output.transpose(0, 1).flatten(1)}
         query = weights.query
         if self.family.has_turn(self.module):
-            query = self._heads("query", query.dtype)  # with the gains; the turn comes after the norm
+            query = self.heads("query", query.dtype)  # with the gains; the turn comes after the norm
             query = query if self.gains("query") is None else query / self.gains("query")[..., None]
             flat |= key_norm_weights(self, keys)
         key = weights.key

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 
 from .adapter import DHAConfig
 from .adapter.model import check_plan, collapse_model
 from .adapter.nesting import refuse_adapted_model, refuse_nested_adapters
-from .attention import KINDS, find_attention
+from .attention import KINDS, AttentionSite, find_attention
 from .fusion.collapse import SharedHeads
-from .fusion.heads import HeadMaps
-from .fusion.operator import fuse, same_group
-from .plan import DHAPlan
+from .plan import DHAPlan, Groups
 from .search import Analysis, analyse, check_budget
+from .search.analysis import Frames
 
 Batches = Iterable[dict[str, Any]]
 
@@ -86,26 +86,21 @@ def _given_plan(model: nn.Module, config: DHAConfig) -> DHAPlan | None:
     return plan
 
 
-def closed_form(analysis: Analysis, plan: DHAPlan, fusion: str = "aligned") -> list[tuple[SharedHeads, ...]]:
-    """Shared heads and read-outs of every layer; `fusion="linear"` is mean pooling."""
-    frames = analysis.frames(plan) if fusion == "aligned" else None
-    shared = []
+def closed_form(analysis: Analysis, plan: DHAPlan, fusion: str = "aligned") -> Iterator[tuple[SharedHeads, ...]]:
+    """Shared heads and read-outs of one layer after the other; `fusion="linear"` is mean pooling."""
     for site, layer in zip(analysis.sites, plan.layers, strict=True):
-        weights = site.weights()
-        pair = []
-        for kind, heads, groups in zip(
-            KINDS, (weights.key, weights.value), (layer.key_groups, layer.value_groups), strict=True
-        ):
-            pair.append(_shared(site.layout(kind), heads, groups, frames[site.index][kind] if frames else None))
-        shared.append(tuple(pair))
-    return shared
+        frames = analysis.layer_frames(site.index, layer) if fusion == "aligned" else None
+        yield tuple(
+            _shared(site, kind, groups, frames[kind] if frames else None)
+            for kind, groups in zip(KINDS, (layer.key_groups, layer.value_groups), strict=True)
+        )
 
 
-def _shared(layout, heads, groups, frame) -> SharedHeads:
-    together = same_group(groups).to(heads.device)
-    size = together.sum(1).to(heads.dtype)[:, None, None]
-    into = HeadMaps(frame.into.pair * size, frame.into.full * size) if frame else None
-    out = frame.out if frame else None
-    layout = layout.to(heads.device)
-    fused = fuse(heads, together / together.sum(1, keepdim=True), together, into, out, layout)
-    return SharedHeads(groups, fused.shared, out, layout)
+def _shared(site: AttentionSite, kind: str, groups: Groups, frames: Frames | None) -> SharedHeads:
+    heads = site.heads(kind)
+    layout = site.layout(kind).to(heads.device)
+    if frames is None:
+        return SharedHeads(groups, torch.stack([heads[list(group)].mean(0) for group in groups]), None, layout)
+    into, out = frames.into.to(heads.device), frames.out.to(heads.device)
+    shared = [into.select(list(group)).apply(heads[list(group)], layout).sum(0) for group in groups]
+    return SharedHeads(groups, torch.stack(shared), out, layout)

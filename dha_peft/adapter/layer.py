@@ -124,6 +124,7 @@ class DHALayer(nn.Module, BaseTunerLayer):
         with torch.no_grad():
             shared = fusion.fuse(self.base_heads()).shared
         out = fusion.maps()[1]
+        shared = shared[[group[0] for group in fusion.groups]]
         return SharedHeads(fusion.groups, shared, out, self.layout.to(shared.device))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

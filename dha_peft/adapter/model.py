@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
-from torch import nn
+from torch import Tensor, nn
 
 from ..attention import KINDS, AttentionSite, find_attention, labelled_plan
 from ..fusion.collapse import SharedHeads, collapse
@@ -191,16 +192,17 @@ def collapse_model(
     model: nn.Module,
     sites: list[AttentionSite],
     plan: DHAPlan,
-    shared: list[tuple[SharedHeads, ...]],
+    shared: Iterable[tuple[SharedHeads, ...]],
     share: bool = True,
 ) -> nn.Module:
-    """Collapse every layer and build the merged model. `model` is the plain base; `share=False` copies its tensors."""
-    layer_weights = []
-    for site, (keys, values) in zip(sites, shared, strict=True):
-        weights = collapse(site.weights(), keys, values)
-        layer_weights.append(site.flat_weights(weights, keys))
+    """Collapse one layer after the other and build the merged model. `model` is the plain base; `share=False` copies its tensors."""
     with torch.no_grad():
-        return build_merged(model, plan, layer_weights, share=share)
+        return build_merged(model, plan, map(_collapsed, sites, shared), share=share)
+
+
+def _collapsed(site: AttentionSite, shared: tuple[SharedHeads, ...]) -> dict[str, Tensor]:
+    keys, values = shared
+    return site.flat_weights(collapse(site.weights(), keys, values), keys)
 
 
 def check_plan(plan: DHAPlan, sites: list[AttentionSite]) -> None:

@@ -33,7 +33,7 @@ def head_similarity(analysis: Analysis, most: int = 2) -> list[dict[str, Any]]:
         weights = analysis.sites[index].weights()
         for kind in KINDS:
             raw = cosine_similarity(weights.key if kind == "key" else weights.value)
-            aligned = aligned_similarity(*layer_problem(analysis.sites[index], analysis.statistics, kind))
+            aligned = aligned_similarity(layer_problem(analysis.sites[index], analysis.statistics, kind))
             found.append({"layer": index, "kind": kind, "raw": _rounded(raw), "aligned": _rounded(aligned)})
     return found
 

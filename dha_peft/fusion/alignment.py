@@ -14,26 +14,8 @@ import torch
 from torch import Tensor
 
 from .heads import FrameLayout, HeadMaps
-
-
-@dataclass
-class WeightedGram:
-    """Gram matrices of `M_i^(1/2) W_i C^(1/2)` for one group of `n` heads: `pair` `[P, n, n]` complex Hermitian,
-    `full` `[n R, n R]` symmetric."""
-
-    pair: Tensor
-    full: Tensor
-    rest: int
-
-    def parts(self) -> list[tuple[Tensor, int]]:
-        """(matrices, how many top directions a shared head keeps of each)."""
-        parts = [(self.pair, 1)] if self.pair.shape[0] else []
-        return parts + ([(self.full, self.rest)] if self.rest else [])
-
-    def error(self) -> Tensor:
-        """Weighted energy that one shared head loses (METHOD: `e_K`, `e_V`), a scalar."""
-        losses = [torch.linalg.eigvalsh(matrix)[..., :-keep].clamp_min(0).sum() for matrix, keep in self.parts()]
-        return torch.stack(losses).sum()
+from .problem import HeadProblem, WeightedGram
+from .spectra import matrix_sqrt, top_eigh
 
 
 @dataclass
@@ -44,52 +26,22 @@ class GroupFrame:
     out: HeadMaps
 
 
-def pair_gram(gram: Tensor, layout: FrameLayout) -> Tensor:
-    """Complex Gram per rotary pair, `kappa_i C kappa_j^H` with `kappa = row_a + i row_b`: `[H, H, d, d]` to `[P, H, H]`."""
-    a, b = layout.pairs.unbind(1)
-    real = gram[..., a, a] + gram[..., b, b]
-    imag = gram[..., b, a] - gram[..., a, b]
-    return torch.complex(real, imag).permute(2, 0, 1)
-
-
-def pair_weights(metric: Tensor, layout: FrameLayout) -> Tensor:
-    """Mean metric of the two rows of a pair: `[H, d, d]` to `[P, H]`."""
-    diagonal = metric.diagonal(dim1=-2, dim2=-1)
-    return diagonal[:, layout.pairs].mean(-1).T
-
-
-def rest_gram(gram: Tensor, layout: FrameLayout) -> Tensor:
-    """Gram of the free rows, `[H, H, d, d]` to `[H, H, R, R]`."""
-    return gram[..., layout.rest[:, None], layout.rest]
-
-
-def weighted_gram(gram: Tensor, metric: Tensor, layout: FrameLayout, members: list[int]) -> WeightedGram:
-    """The group's Gram matrices under its metrics, from `head_gram` `[H, H, d, d]` and metrics `[H, d, d]`."""
-    gram, metric = gram[members][:, members], metric[members]
-    root = pair_weights(metric, layout).clamp_min(0).sqrt()
-    pair = root[:, :, None] * pair_gram(gram, layout) * root[:, None, :]
-    sqrt = matrix_sqrt(metric[:, layout.rest[:, None], layout.rest])
-    full = sqrt[:, None] @ rest_gram(gram, layout) @ sqrt[None, :]
-    size = len(members) * len(layout.rest)
-    return WeightedGram(pair, full.transpose(1, 2).reshape(size, size), len(layout.rest))
-
-
-def align_group(gram: Tensor, metric: Tensor, layout: FrameLayout, members: list[int]) -> GroupFrame:
+def align_group(problem: HeadProblem, members: list[int]) -> GroupFrame:
     """Shared head and frames of one group in closed form. A group of one gets identity maps.
 
     The shared head is scaled to the mean norm of the heads that it replaces, so that later training sees weights of
     the usual size.
     """
-    count = len(members)
-    if count == 1:
-        maps = HeadMaps.identity(1, layout, dtype=gram.dtype, device=gram.device)
+    layout, like = problem.layout, problem.metric
+    if len(members) == 1:
+        maps = HeadMaps.identity(1, layout, dtype=like.dtype, device=like.device)
         return GroupFrame(maps, maps)
-    weighted = weighted_gram(gram, metric, layout, members)
-    gram, metric = gram[members][:, members], metric[members]
-    pair_in, pair_out = _align_pairs(weighted.pair, pair_gram(gram, layout), pair_weights(metric, layout))
+    group = problem.select(members)
+    weighted = group.weighted()
+    pair_in, pair_out = _align_pairs(weighted.pair, group.pair, group.weight)
     if layout.phases is not None:
-        return _rigid_frame(pair_out, pair_gram(gram, layout), layout, rest_gram(gram, layout))
-    full_in, full_out = _align_full(weighted, rest_gram(gram, layout), metric[:, layout.rest[:, None], layout.rest])
+        return _rigid_frame(pair_out, group.pair, layout, group.rest)
+    full_in, full_out = _align_full(weighted, group.rest, group.metric)
     return GroupFrame(HeadMaps(pair_in, full_in), HeadMaps(pair_out, full_out))
 
 
@@ -133,10 +85,10 @@ def _align_full(weighted: WeightedGram, gram: Tensor, metric: Tensor) -> tuple[T
     if not size:
         empty = metric.new_zeros(count, 0, 0)
         return empty, empty
-    values, vectors = torch.linalg.eigh(weighted.full)
-    values, vectors = values[-size:], vectors[:, -size:].reshape(count, size, size)
-    floor = values[-1].clamp_min(torch.finfo(values.dtype).tiny) * torch.finfo(values.dtype).eps
-    into = vectors.transpose(1, 2) @ matrix_sqrt(metric) / values.clamp_min(floor).sqrt()[:, None]
+    values, vectors = top_eigh(weighted.full, size)
+    # Directions without energy are known only up to rounding.
+    floor = values[-1].clamp_min(torch.finfo(values.dtype).tiny) * 8 * torch.finfo(values.dtype).eps
+    into = vectors.reshape(count, size, size).transpose(1, 2) @ matrix_sqrt(metric) / values.clamp_min(floor).sqrt()[:, None]
     # In this frame the shared head's outputs are white; give them the mean energy of the heads they replace.
     scale = _mean_norm(gram, size)
     out = torch.einsum("ijab,jcb->iac", gram, into)
@@ -146,11 +98,3 @@ def _align_full(weighted: WeightedGram, gram: Tensor, metric: Tensor) -> tuple[T
 def _mean_norm(gram: Tensor, size: int) -> Tensor:
     own = gram.diagonal(dim1=0, dim2=1).diagonal(dim1=0, dim2=1)
     return (own.sum() / (gram.shape[0] * size)).clamp_min(torch.finfo(gram.dtype).tiny).sqrt()
-
-
-def matrix_sqrt(matrix: Tensor) -> Tensor:
-    """Symmetric square root of positive semi-definite matrices `[..., n, n]`."""
-    if not matrix.shape[-1]:
-        return matrix
-    values, vectors = torch.linalg.eigh(matrix)
-    return (vectors * values.clamp_min(0).sqrt()[..., None, :]) @ vectors.transpose(-1, -2)

@@ -13,17 +13,13 @@ from .heads import AttentionWeights, FrameLayout, HeadMaps
 
 @dataclass
 class SharedHeads:
-    """One kind (keys or values) of one layer, ready to collapse: `shared` `[H, d, E]` repeats each group's head for
-    its members, `out` are the members' read-out maps (None: identity)."""
+    """One kind (keys or values) of one layer, ready to collapse: `shared` `[G, d, E]` is one head per group, `out` are the read-out
+    maps of all `H` members (None: identity)."""
 
     groups: Groups
     shared: Tensor
     out: HeadMaps | None
     layout: FrameLayout
-
-    def distinct(self) -> Tensor:
-        """One head per group, `[G, d, E]`."""
-        return self.shared[[group[0] for group in self.groups]]
 
 
 def collapse(weights: AttentionWeights, keys: SharedHeads, values: SharedHeads) -> AttentionWeights:
@@ -38,7 +34,7 @@ def collapse(weights: AttentionWeights, keys: SharedHeads, values: SharedHeads) 
     if values.out is not None:
         adjoint = _per_query(values.out.transpose(), weights)
         output = adjoint.apply(output.transpose(1, 2), values.layout).transpose(1, 2)
-    return AttentionWeights(query, keys.distinct(), values.distinct(), output)
+    return AttentionWeights(query, keys.shared, values.shared, output)
 
 
 def _per_query(maps: HeadMaps, weights: AttentionWeights) -> HeadMaps:

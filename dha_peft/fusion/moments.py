@@ -43,10 +43,22 @@ def identity_moment(size: int, bias: bool = False, **kwargs) -> Tensor:
 
 def head_gram(heads: Tensor, moment: Tensor) -> Tensor:
     """`E[(W_i x)(W_j x)^T]` for every pair of heads: `heads` `[H, d, E]`, `moment` `[E, E]` to `[H, H, d, d]`."""
-    count, dim, size = heads.shape
-    rows = heads.reshape(count * dim, size)
-    gram = rows @ moment @ rows.T
-    return (gram + gram.T).mul_(0.5).reshape(count, dim, count, dim).transpose(1, 2)
+    return row_gram(heads @ moment, heads)
+
+
+def row_gram(moved: Tensor, rows: Tensor, blocks: int = 8) -> Tensor:
+    """Products `moved_i rows_j^T` of blocks of rows, `[H, R, E]` twice to `[H, H, R, R]`, where `moved` is `rows` times a symmetric
+    matrix: the lower half, in `blocks` strips, is enough."""
+    count, dim, size = rows.shape
+    left, right = moved.reshape(count * dim, size), rows.reshape(count * dim, size)
+    gram = rows.new_zeros(count * dim, count * dim)
+    step = max(-(-count * dim // blocks), 1)
+    for start in range(0, count * dim, step):
+        stop = start + step
+        gram[start:stop, :stop] = left[start:stop] @ right[:stop].T
+    gram = gram.tril()
+    gram += gram.tril(-1).T
+    return gram.reshape(count, dim, count, dim).transpose(1, 2)
 
 
 def query_metric(weights: AttentionWeights, moment: Tensor) -> Tensor:

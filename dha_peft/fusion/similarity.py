@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .alignment import WeightedGram, weighted_gram
-from .heads import FrameLayout
+from .problem import HeadProblem, WeightedGram
 
 
 def cosine_similarity(heads: Tensor) -> Tensor:
@@ -23,14 +22,14 @@ def cka_similarity(gram: Tensor) -> Tensor:
     return cross / (own[:, None] * own[None, :])
 
 
-def aligned_similarity(gram: Tensor, metric: Tensor, layout: FrameLayout) -> Tensor:
+def aligned_similarity(problem: HeadProblem) -> Tensor:
     """Share of two heads' weighted energy that one shared head keeps, rescaled so that 0 is "nothing in common" and
     1 is "the same head in another frame" (ours)."""
-    count = gram.shape[0]
-    similarity = torch.eye(count, dtype=gram.dtype, device=gram.device)
+    count, like = len(problem), problem.metric
+    similarity = torch.eye(count, dtype=like.dtype, device=like.device)
     for i in range(count):
         for j in range(i):
-            value = _pair_similarity(weighted_gram(gram, metric, layout, [i, j]))
+            value = _pair_similarity(problem.select([i, j]).weighted())
             similarity[i, j] = similarity[j, i] = value
     return similarity
 

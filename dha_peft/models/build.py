@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sized
 from typing import Any
 
 import torch
@@ -20,14 +20,14 @@ from .modeling_dha import MODELS
 
 
 def build_merged(
-    base_model: PreTrainedModel, plan: DHAPlan, layer_weights: Sequence[LayerWeights], *, share: bool = True
+    base_model: PreTrainedModel, plan: DHAPlan, layer_weights: Iterable[LayerWeights], *, share: bool = True
 ) -> PreTrainedModel:
     """The merged model: the base with the attention of every layer replaced by its collapsed heads.
 
     Args:
         base_model: a causal model, a bare trunk or a task head of a supported family, without adapters.
         plan: groups of every layer, over the base's KV heads.
-        layer_weights: per layer, in `nn.Linear` layout, `"q" [H*d, D]`, `"k" [Hk*d, D]`, `"v" [Hv*d, D]`,
+        layer_weights: per layer (an iterator's layers exist one at a time), in `nn.Linear` layout, `"q" [H*d, D]`, `"k" [Hk*d, D]`, `"v" [Hv*d, D]`,
             `"o" [D, H*d]`, and biases `"q_bias"`, `"k_bias"`, `"v_bias"`, `"o_bias"` where the family has them. A bias
             that the family has and the dict lacks becomes zero. They are cast to the base's dtype and device. Families
             with key norms also take `"turn" [H, P, 2]` (factors on the rotary pairs of the normalised queries; absent:
@@ -44,29 +44,30 @@ def build_merged(
     """
     family = family_of(base_model.config.model_type)
     sources = family.attentions(base_model.base_model)
-    _check_base(base_model, plan, layer_weights, [kv_heads(family, source, base_model.config) for source in sources])
+    given = len(layer_weights) if isinstance(layer_weights, Sized) else len(sources)
+    _check_base(base_model, plan, given, [kv_heads(family, source, base_model.config) for source in sources])
     queries = family.query_heads(base_model.config)
     orders = [_query_order(layer, count, family) for layer, count in zip(plan.layers, queries, strict=True)]
     with torch.device("meta"):
         merged = _merged_class(base_model, family)(_merged_config(base_model.config, family, plan, orders))
     targets = family.attentions(merged.base_model)
     _take_tensors(merged, base_model, share, _skipped(targets, family))
-    for index, (target, source) in enumerate(zip(targets, sources, strict=True)):
-        weights = _permuted(layer_weights[index], orders[index], head_size(target, merged.config))
+    for index, (target, source, collapsed) in enumerate(zip(targets, sources, layer_weights, strict=True)):
+        weights = _permuted(collapsed, orders[index], head_size(target, merged.config))
         fill_attention(target, source, family, weights, plan.layers[index].key_groups, index)
     return _finish(merged, base_model)
 
 
-def _check_base(base: PreTrainedModel, plan: DHAPlan, layer_weights: Sequence[LayerWeights], heads: list[int]) -> None:
+def _check_base(base: PreTrainedModel, plan: DHAPlan, given: int, heads: list[int]) -> None:
     config = base.config
     if getattr(base, "is_quantized", False) or getattr(config, "quantization_config", None):
         raise ValueError(
             "the base model is quantized, and heads are fused in full precision; call `dequantize()` first."
         )
     layers = len(heads)
-    if len(plan.layers) != layers or len(layer_weights) != layers:
+    if len(plan.layers) != layers or given != layers:
         raise ValueError(
-            f"the base has {layers} layers, the plan {len(plan.layers)} and `layer_weights` {len(layer_weights)}; "
+            f"the base has {layers} layers, the plan {len(plan.layers)} and `layer_weights` {given}; "
             "all three must agree."
         )
     for index, layer in enumerate(plan.layers):

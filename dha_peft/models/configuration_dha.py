@@ -120,15 +120,16 @@ class ClassTable(Mapping):
     """What is made for each family, by merged model type, when it is first asked for: importing the package makes nothing."""
 
     def __init__(self, make: Callable[[Family], Any]) -> None:
-        self._make, self._made = make, {}
+        self._make = make
+        self.made: dict[str, Any] = {}
 
     def __getitem__(self, merged_type: str) -> Any:
-        if merged_type not in self._made:
+        if merged_type not in self.made:
             family = FAMILIES.get(merged_type.removeprefix("dha_"))
             if family is None or family.merged_type != merged_type or not family.available():
                 raise KeyError(merged_type)
             self._make(family)
-        return self._made[merged_type]
+        return self.made[merged_type]
 
     def __iter__(self) -> Iterator[str]:
         return (family.merged_type for family in list(FAMILIES.values()) if family.available())
@@ -138,12 +139,12 @@ class ClassTable(Mapping):
 
     def keep(self, family: Family, made: Any) -> Any:
         """Set the entry of one family."""
-        self._made[family.merged_type] = made
+        self.made[family.merged_type] = made
         return made
 
     def forget(self, merged_type: str) -> None:
         """Make this entry anew when it is next asked for."""
-        self._made.pop(merged_type, None)
+        self.made.pop(merged_type, None)
 
 
 NEW_CONFIG_HOOKS: list[Callable[[str], None]] = []

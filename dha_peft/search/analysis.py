@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,11 +14,15 @@ from ..attention import KINDS, AttentionSite, find_attention, labelled_plan
 from ..fusion.alignment import align_group
 from ..fusion.budget import cheapest_counts, total_heads, uniform_counts
 from ..fusion.grouping import GroupCurve, aligned_curve, contiguous_curve, similarity_curve
-from ..fusion.heads import FrameLayout, HeadMaps
+from ..fusion.heads import HeadMaps
 from ..fusion.moments import head_gram
+from ..fusion.problem import HeadProblem
 from ..fusion.similarity import cka_similarity
-from ..plan import DHAPlan, Groups
+from ..plan import DHAPlan, Groups, LayerPlan
 from .calibration import Statistics, collect_statistics
+
+LARGE = 2048
+"""Inputs of an attention block from which the search uses float32."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,8 @@ class Analysis:
     sites: list[AttentionSite]
     statistics: Statistics
     curves: list[dict[str, GroupCurve]]
+    problems: list[dict[str, HeadProblem]] = field(default_factory=list)
+    """Problems of rotary heads, which are small; those with free rows are stated anew, layer by layer, to hold only one."""
 
     def plan(self, options: SearchOptions) -> DHAPlan:
         """Groups that meet the budget exactly (`sum(Hk + Hv) == round(head_budget * total)`)."""
@@ -61,21 +67,28 @@ class Analysis:
 
     def frames(self, plan: DHAPlan) -> list[dict[str, Frames]]:
         """Closed-form frames of every layer's groups."""
-        frames = []
-        for index, layer in enumerate(plan.layers):
-            groups = {"key": layer.key_groups, "value": layer.value_groups}
-            frames.append({kind: self._layer_frames(index, kind, groups[kind]) for kind in KINDS})
-        return frames
+        return [self.layer_frames(index, layer) for index, layer in enumerate(plan.layers)]
 
-    def _layer_frames(self, index: int, kind: str, groups: Groups) -> Frames:
-        gram, metric, layout = layer_problem(self.sites[index], self.statistics, kind)
-        maps = [HeadMaps.identity(len(gram), layout, dtype=gram.dtype, device=gram.device) for _ in range(2)]
-        for group in groups:
-            members = list(group)
-            frame = align_group(gram, metric, layout, members)
-            for target, source in zip(maps, (frame.into, frame.out), strict=True):
-                target.pair[members], target.full[members] = source.pair, source.full
-        return Frames(*(m.to(torch.float32) for m in maps))
+    def layer_frames(self, index: int, layer: LayerPlan) -> dict[str, Frames]:
+        """Closed-form frames of one layer's groups."""
+        groups = {"key": layer.key_groups, "value": layer.value_groups}
+        return {kind: group_frames(self._problem(index, kind), groups[kind]) for kind in KINDS}
+
+    def _problem(self, index: int, kind: str) -> HeadProblem:
+        kept = self.problems[index].get(kind) if self.problems else None
+        return kept or layer_problem(self.sites[index], self.statistics, kind)
+
+
+def group_frames(problem: HeadProblem, groups: Groups) -> Frames:
+    """Frames of all groups, in single precision."""
+    like = problem.metric
+    maps = [HeadMaps.identity(len(problem), problem.layout, dtype=like.dtype, device=like.device) for _ in range(2)]
+    for group in groups:
+        members = list(group)
+        frame = align_group(problem, members)
+        for target, source in zip(maps, (frame.into, frame.out), strict=True):
+            target.pair[members], target.full[members] = source.pair, source.full
+    return Frames(*(m.to(torch.float32) for m in maps))
 
 
 def analyse(
@@ -92,19 +105,26 @@ def analyse(
 
 def search_groups(sites: list[AttentionSite], statistics: Statistics, grouping: str = "aligned") -> Analysis:
     """The groups of every layer, for every count, from statistics that were collected before."""
-    curves = []
+    curves, problems = [], []
     for site in tqdm(sites, desc="searching groups", unit="layer", disable=None):
-        curves.append({kind: _curve(grouping, *layer_problem(site, statistics, kind)) for kind in KINDS})
-    return Analysis(sites, statistics, curves)
+        found = {kind: layer_problem(site, statistics, kind) for kind in KINDS}
+        curves.append({kind: _curve(grouping, site, statistics, kind, found[kind]) for kind in KINDS})
+        problems.append({kind: problem for kind, problem in found.items() if not problem.rest.numel()})
+    return Analysis(sites, statistics, curves, problems)
 
 
-def layer_problem(site: AttentionSite, statistics: Statistics, kind: str) -> tuple[Tensor, Tensor, FrameLayout]:
-    """Gram `[H, H, d, d]` and metric `[H, d, d]` in float64, and the layout."""
-    moment = statistics.moments[site.index].double()
-    weights = site.weights(torch.float64)
-    gram = head_gram(weights.key if kind == "key" else weights.value, moment)
-    metric = statistics.metrics[site.index][kind].double()
-    return gram, metric, site.layout(kind).to(gram.device)
+def layer_problem(site: AttentionSite, statistics: Statistics, kind: str) -> HeadProblem:
+    """The alignment problem of one layer and kind: in float64 where that takes no time, in float32 for large layers."""
+    heads, moment = _heads(site, statistics, kind)
+    metric = statistics.metrics[site.index][kind].to(heads.dtype)
+    return HeadProblem.from_heads(heads, moment, metric, site.layout(kind).to(heads.device))
+
+
+def _heads(site: AttentionSite, statistics: Statistics, kind: str) -> tuple[Tensor, Tensor]:
+    """Heads `[H, d, E]` and the moment `[E, E]` of their inputs, in the precision of the search."""
+    moment = statistics.moments[site.index]
+    dtype = torch.float64 if len(moment) < LARGE else torch.float32
+    return site.heads(kind, dtype).to(moment.device), moment.to(dtype)
 
 
 def plan_counts(curves: list[dict[str, GroupCurve]], options: SearchOptions) -> list[dict[str, int]]:
@@ -153,9 +173,11 @@ def _budget(options: SearchOptions, pool: tuple[str, ...]) -> tuple[str, float]:
     return (field, own) if own is not None else ("head_budget", options.head_budget)
 
 
-def _curve(grouping: str, gram: Tensor, metric: Tensor, layout: FrameLayout) -> GroupCurve:
+def _curve(
+    grouping: str, site: AttentionSite, statistics: Statistics, kind: str, problem: HeadProblem
+) -> GroupCurve:
     if grouping == "contiguous":
-        return contiguous_curve(gram, metric, layout)
+        return contiguous_curve(problem)
     if grouping == "cka":
-        return similarity_curve(cka_similarity(gram), gram, metric, layout)
-    return aligned_curve(gram, metric, layout)
+        return similarity_curve(cka_similarity(head_gram(*_heads(site, statistics, kind))), problem)
+    return aligned_curve(problem)

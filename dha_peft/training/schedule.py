@@ -13,12 +13,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from ..adapter.config import DHAConfig
 from ..adapter.fusion_state import SCHEDULE
 from ..adapter.layer import DHALayer
 from ..adapter.model import TIED
+from ..attention import KINDS, find_attention
 from .learned_search import learned_plan
 
 SEARCH, FUSION = 0.0, 1.0
@@ -136,11 +138,12 @@ class FusionSchedule:
 
     def _end_search(self) -> None:
         config = self._config()
-        plan = learned_plan(self.layers, config.search_options())
+        sites = find_attention(self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model)
+        plan = learned_plan(sites, config.search_options())
         config.plan = plan.to_dict()
-        for layer, (kind, index) in zip(self.layers, layer_order(self.layers), strict=True):
-            groups = plan.layers[index].key_groups if kind == "key" else plan.layers[index].value_groups
-            layer.active_fusion().set_groups(groups)
+        for site, layer in zip(sites, plan.layers, strict=True):
+            for kind, groups in zip(KINDS, (layer.key_groups, layer.value_groups), strict=True):
+                site.outer(kind).active_fusion().set_groups(groups)
 
     def _read(self) -> dict[str, float]:
         return dict(zip(SCHEDULE, self.layers[0].active_fusion().schedule.tolist(), strict=True))
@@ -156,16 +159,6 @@ class FusionSchedule:
         heads = sum(_realised(layer) for layer in self.layers)
         numbers = (memory["lambda1"], memory["lambda2"])
         return ScheduleState(phase, int(memory["step"]), value, target, *numbers, heads)
-
-
-def layer_order(layers: list[DHALayer]) -> list[tuple[str, int]]:
-    """(kind, layer index) of every adapter layer, in module order."""
-    seen = {"key": 0, "value": 0}
-    order = []
-    for layer in layers:
-        order.append((layer.kind, seen[layer.kind]))
-        seen[layer.kind] += 1
-    return order
 
 
 def _realised(layer: DHALayer) -> int:

@@ -93,16 +93,15 @@ def test_half_turns_are_the_gauge_of_a_norm_whose_gains_differ(case: Case):
 @pytest.mark.parametrize("family", ["gpt2", "bloom"])
 def test_full_maps_of_keys_beat_rotary_ones_where_there_are_no_rotary_positions(family: str):
     """The same planted keys, searched as if they had rotary positions, are not found again."""
-    from dha_peft.fusion.alignment import weighted_gram
-    from dha_peft.fusion.moments import head_gram
+    from dha_peft.fusion.problem import HeadProblem
 
     site = find_attention(make_base(Case(family)))[0]
     pairs = plant(site, "key")
     heads = site.weights().key.double()
-    gram = head_gram(heads, torch.eye(heads.shape[-1], dtype=torch.float64))
+    moment = torch.eye(heads.shape[-1], dtype=torch.float64)
     metric = torch.eye(site.head_dim, dtype=torch.float64).expand(site.num_heads, -1, -1)
     errors = [
-        sum(float(weighted_gram(gram, metric, layout, list(pair)).error()) for pair in pairs)
+        sum(HeadProblem.from_heads(heads, moment, metric, layout).error(list(pair)) for pair in pairs)
         for layout in (FrameLayout.full(site.head_dim), FrameLayout.rotary(site.head_dim))
     ]
     assert errors[0] < 1e-6 * errors[1]

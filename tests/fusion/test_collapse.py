@@ -8,8 +8,9 @@ import torch
 from dha_peft.fusion.alignment import align_group
 from dha_peft.fusion.collapse import SharedHeads, collapse
 from dha_peft.fusion.heads import AttentionWeights, HeadMaps
-from dha_peft.fusion.moments import head_gram, output_metric, query_metric
+from dha_peft.fusion.moments import output_metric, query_metric
 from dha_peft.fusion.operator import fuse, same_group
+from dha_peft.fusion.problem import HeadProblem
 from dha_peft.plan import LayerPlan
 
 from .planted import DIM, LAYOUTS, planted_heads, randn, random_gauges, random_psd
@@ -55,14 +56,15 @@ def assert_same_attention(weights, small, layout):
         torch.testing.assert_close(got, expected, atol=1e-7, rtol=1e-7)
 
 
-def group_frames(heads, gram, metric, groups, layout):
+def group_frames(heads, moment, metric, groups, layout):
     """The closed form for every group, as a collapse takes it."""
-    shared, out = torch.empty_like(heads), HeadMaps.identity(HEADS, layout, dtype=heads.dtype)
+    shared, out = [], HeadMaps.identity(HEADS, layout, dtype=heads.dtype)
+    problem = HeadProblem.from_heads(heads, moment, metric, layout)
     for group in map(list, groups):
-        frame = align_group(gram, metric, layout, group)
-        shared[group] = frame.into.apply(heads[group], layout).sum(0)
+        frame = align_group(problem, group)
+        shared.append(frame.into.apply(heads[group], layout).sum(0))
         out.pair[group], out.full[group] = frame.out.pair, frame.out.full
-    return SharedHeads(groups, shared, out, layout)
+    return SharedHeads(groups, torch.stack(shared), out, layout)
 
 
 @pytest.mark.parametrize("queries_per_head", [1, 3], ids=["mha", "gqa"])
@@ -73,8 +75,8 @@ def test_planted_duplicates_collapse_exactly(name, queries_per_head):
     weights = make_weights(queries_per_head, key, planted_heads(PLAN.value_groups, values, HIDDEN + 1))
     moment = random_psd(HIDDEN + 1, HIDDEN + 1)
     key_metric, value_metric = query_metric(weights, moment), output_metric(weights)
-    keys = group_frames(weights.key, head_gram(weights.key, moment), key_metric, PLAN.key_groups, layout)
-    value = group_frames(weights.value, head_gram(weights.value, moment), value_metric, PLAN.value_groups, values)
+    keys = group_frames(weights.key, moment, key_metric, PLAN.key_groups, layout)
+    value = group_frames(weights.value, moment, value_metric, PLAN.value_groups, values)
     small = collapse(weights, keys, value)
     assert small.key.shape == (3, DIM, HIDDEN + 1) and small.value.shape == (2, DIM, HIDDEN + 1)
     assert_same_attention(weights, small, layout)
@@ -95,7 +97,7 @@ def test_fused_heads_collapse_exactly(name, queries_per_head):
         into, out = random_gauges(HEADS, layout), random_gauges(HEADS, layout)
         fused = fuse(getattr(weights, kind), omega, together, into, out, layout)
         setattr(weights, kind, fused.collapsed)
-        sides[kind] = SharedHeads(groups, fused.shared, out, layout)
+        sides[kind] = SharedHeads(groups, fused.shared[[group[0] for group in groups]], out, layout)
     assert_same_attention(weights, collapse(weights, sides["key"], sides["value"]), LAYOUTS[name])
 
 
@@ -107,7 +109,7 @@ def test_linear_fusion_leaves_queries_and_output_alone():
         omega = together / together.sum(1, keepdim=True).double()
         fused = fuse(getattr(weights, kind), omega, together, None, None, layout)
         setattr(weights, kind, fused.heads)
-        sides[kind] = SharedHeads(groups, fused.shared, None, layout)
+        sides[kind] = SharedHeads(groups, fused.shared[[group[0] for group in groups]], None, layout)
     small = collapse(weights, sides["key"], sides["value"])
     assert small.query is weights.query and small.output is weights.output
     assert_same_attention(weights, small, layout)

@@ -7,8 +7,8 @@ import torch
 
 from dha_peft.fusion.alignment import align_group
 from dha_peft.fusion.heads import HeadMaps
-from dha_peft.fusion.moments import head_gram
 from dha_peft.fusion.operator import fuse, fusion_loss, own_share, same_group
+from dha_peft.fusion.problem import HeadProblem
 
 from .planted import DIM, LAYOUTS, planted_heads, randn, random_gauges, random_psd
 
@@ -105,10 +105,10 @@ def test_mean_rows_are_the_closed_form():
     """Rows of 1 / n give the aligned optimum up to the frame's scale: duplicates come back exactly."""
     layout = LAYOUTS["partial"]
     heads = planted_heads(GROUPS, layout, SIZE)
-    gram, metric = head_gram(heads, random_psd(SIZE, SIZE)), random_psd(6, DIM, DIM)
+    problem = HeadProblem.from_heads(heads, random_psd(SIZE, SIZE), random_psd(6, DIM, DIM), layout)
     into, out = (HeadMaps.identity(6, layout, dtype=torch.float64) for _ in range(2))
     for group in GROUPS:
-        frame = align_group(gram, metric, layout, list(group))
+        frame = align_group(problem, list(group))
         for target, maps in ((into, frame.into), (out, frame.out)):
             target.pair[list(group)], target.full[list(group)] = maps.pair, maps.full
         # `align_group` sums over members where the operator takes their mean.
