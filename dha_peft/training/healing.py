@@ -29,13 +29,13 @@ class Rates:
     changed, and what else is moved by a few hundred noisy updates first gets worse (measured). Adapters always take the full rate."""
 
     attention: float = 1.0
-    rest: float = 0.1
+    rest: float = 0.3
     embeddings: float = 0.0
 
 
 @dataclass(frozen=True)
 class HealingOptions:
-    """`objective`: see `Objective`; its `hidden` falls linearly to 0 over the run. `rates`: see `Rates`."""
+    """What `DHATrainer` does beyond a Trainer. The weight `objective.hidden` falls linearly to 0 over the run."""
 
     objective: Objective = field(default_factory=Objective)
     rates: Rates = field(default_factory=Rates)
@@ -135,7 +135,7 @@ def heal(
     data: Tensor | Any,
     teacher: nn.Module | None = None,
     healing: HealingOptions | None = None,
-    batch_tokens: int = 2048,
+    batch_tokens: int = 4096,
     callbacks: list[TrainerCallback] | None = None,
     **arguments: Any,
 ) -> DHATrainer:
@@ -147,7 +147,7 @@ def heal(
         data: rows of token ids `[N, T]`, or a dataset of rows with `input_ids`.
         teacher: the base model; needed for a merged student.
         batch_tokens: tokens of one update on one device, at least a row. Small updates use few tokens best (measured).
-        arguments: any `TrainingArguments`. Defaults: one epoch of AdamW, cosine to 2 %, learning rate 0.5 / hidden size for weights
+        arguments: any `TrainingArguments`. With an `output_dir` that holds a checkpoint the run goes on from there. Defaults: one epoch of AdamW, cosine to 2 %, learning rate 0.5 / hidden size for weights
             (1e-3 at 512, 1.2e-4 at 4096) and 3e-3 for adapters, bfloat16 where the GPU has it, nothing saved or reported.
 
     Raises:
@@ -162,9 +162,7 @@ def heal(
     with tempfile.TemporaryDirectory() as folder:
         fields = default_arguments(student, len(rows) // batch) | {"per_device_train_batch_size": batch} | arguments
         args = TrainingArguments(**{"output_dir": folder, **fields})
-        trainer = DHATrainer(
-            student, args, train_dataset=rows, callbacks=callbacks, teacher=teacher, healing=healing
-        )
+        trainer = DHATrainer(student, args, train_dataset=rows, callbacks=callbacks, teacher=teacher, healing=healing)
         trainer.train(resume_from_checkpoint=_has_checkpoint(args.output_dir))
     for parameter, flag in zip(student.parameters(), trainable, strict=True):
         parameter.requires_grad_(flag)

@@ -64,12 +64,16 @@ def healing_loss(
     rows = [tensor[keep].split(objective.chunk) for tensor in (states[-1], targets[-1], labels)]
     head, base_head = _causal(inner).get_output_embeddings(), _causal(base).get_output_embeddings()
     parts = [
-        checkpoint(_chunk_loss, *part, head, base_head, objective.next_token, use_reentrant=False, preserve_rng_state=False)
+        checkpoint(
+            _chunk_loss, *part, head, base_head, objective.next_token, use_reentrant=False, preserve_rng_state=False
+        )
         for part in zip(*rows, strict=True)
     ]
     loss = torch.stack(parts).sum() / keep.sum()
     if objective.hidden:
-        errors = [relative_error(ours[keep], theirs[keep]) for ours, theirs in zip(states[1:], targets[1:], strict=True)]
+        errors = [
+            relative_error(ours[keep], theirs[keep]) for ours, theirs in zip(states[1:], targets[1:], strict=True)
+        ]
         loss = loss + objective.hidden * torch.stack(errors).mean()
     return loss
 
