@@ -12,7 +12,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from dha_peft import DHAConfig, convert, get_dha_model
-from dha_peft.training import DHATrainer, HealingOptions, Objective, Rates, heal, healing_loss
+from dha_peft.training import Objective, heal, healing_loss
 from dha_peft.training.objective import Divergence
 
 KL_ONLY = Objective(hidden=0)
