@@ -19,11 +19,12 @@ from transformers import AutoTokenizer
 
 from dha_peft import Analysis, DHAConfig, convert
 from dha_peft.attention import AttentionSite, find_attention
+from dha_peft.fusion.heads import AttentionWeights
 from dha_peft.fusion.moments import head_gram
+from dha_peft.fusion.problem import HeadProblem
 from dha_peft.fusion.similarity import aligned_similarity, cka_similarity, cosine_similarity
 from dha_peft.plan import DHAPlan
 from dha_peft.search import Statistics, collect_statistics, search_groups
-from dha_peft.search.analysis import layer_problem
 from dha_peft.texts import evaluate_loss, text_tokens, token_batches
 
 from .methods import METHODS
@@ -79,22 +80,22 @@ def redundancy(sites: list[AttentionSite], statistics: Statistics) -> Iterator[d
 
 def measures(site: AttentionSite, statistics: Statistics, kind: str) -> dict[str, Tensor]:
     """Measure -> `[H, H]` on the CPU."""
-    gram, metric, layout = query_problem(site, statistics) if kind == "query" else layer_problem(site, statistics, kind)
-    heads = getattr(site.weights(torch.float64), kind)
+    moment, weights = statistics.moments[site.index].double(), site.weights(torch.float64)
+    heads = getattr(weights, kind).to(moment.device)
+    metric = query_metric_of_keys(weights, moment) if kind == "query" else statistics.metrics[site.index][kind].double()
+    layout = site.layout("value" if kind == "value" else "key").to(moment.device)
     found = {
         "raw": cosine_similarity(heads).abs(),
-        "CKA": cka_similarity(gram),
-        "aligned": aligned_similarity(gram, metric, layout),
+        "CKA": cka_similarity(head_gram(heads, moment)),
+        "aligned": aligned_similarity(HeadProblem.from_heads(heads, moment, metric, layout)),
     }
     return {name: matrix.cpu() for name, matrix in found.items()}
 
 
-def query_problem(site: AttentionSite, statistics: Statistics):
-    """As `layer_problem`, for query heads: an error of a query counts by the energy of the keys that it meets."""
-    moment, weights = statistics.moments[site.index].double(), site.weights(torch.float64)
-    energy = weights.key @ moment @ weights.key.transpose(1, 2)
-    metric = energy.repeat_interleave(weights.queries_per_head, 0)
-    return head_gram(weights.query, moment), metric, site.layout("key").to(moment.device)
+def query_metric_of_keys(weights: AttentionWeights, moment: Tensor) -> Tensor:
+    """Metric of errors of query heads: the energy of the keys that each meets, `[Hq, d, d]`."""
+    keys = weights.key.to(moment.device)
+    return (keys @ moment @ keys.transpose(1, 2)).repeat_interleave(weights.queries_per_head, 0)
 
 
 def fused(

@@ -8,10 +8,9 @@ from torch import Tensor, nn
 from dha_peft import Analysis, DHAPlan
 from dha_peft.adapter.model import collapse_model
 from dha_peft.attention import KINDS
-from dha_peft.fusion.alignment import pair_gram, rest_gram
 from dha_peft.fusion.collapse import SharedHeads
 from dha_peft.fusion.heads import FrameLayout, HeadMaps
-from dha_peft.search.analysis import layer_problem
+from dha_peft.fusion.moments import head_gram
 
 
 def keep_members(model: nn.Module, analysis: Analysis, plan: DHAPlan) -> nn.Module:
@@ -22,9 +21,10 @@ def keep_members(model: nn.Module, analysis: Analysis, plan: DHAPlan) -> nn.Modu
         for kind, heads, groups in zip(
             KINDS, (weights.key, weights.value), (layer.key_groups, layer.value_groups), strict=True
         ):
-            gram, metric, layout = layer_problem(site, analysis.statistics, kind)
-            kept, out = best_members(gram, metric, layout, groups)
-            pair.append(SharedHeads(groups, heads[kept], out.to(torch.float32), layout))
+            moment, layout = analysis.statistics.moments[site.index].double(), site.layout(kind).to(heads.device)
+            metric = analysis.statistics.metrics[site.index][kind].double()
+            kept, out = best_members(head_gram(heads.to(moment), moment), metric, layout.to(moment.device), groups)
+            pair.append(SharedHeads(groups, heads[kept], out.to(heads.device, torch.float32), layout))
         shared.append(tuple(pair))
     return collapse_model(model, analysis.sites, plan, shared, share=False)
 
@@ -46,10 +46,13 @@ def best_members(gram: Tensor, metric: Tensor, layout: FrameLayout, groups) -> t
 
 def read_from(gram: Tensor, layout: FrameLayout, group: list[int], member: int) -> HeadMaps:
     """Least-squares maps `B_i = G_im G_mm^+` that turn head `member` into every head of the group."""
-    pairs, rest = pair_gram(gram, layout), rest_gram(gram, layout)
-    own = pairs[:, member, member].real.clamp_min(torch.finfo(gram.dtype).tiny)
-    factors = (pairs[:, group, member] / own[:, None]).T.contiguous()
-    maps = HeadMaps(torch.view_as_real(factors), rest[group, member] @ torch.linalg.pinv(rest[member, member]))
+    first, second = layout.pairs.unbind(1)
+    cross, own = gram[group, member], gram[member, member]
+    real = cross[:, first, first] + cross[:, second, second]
+    imag = cross[:, second, first] - cross[:, first, second]
+    energy = (own[first, first] + own[second, second]).clamp_min(torch.finfo(gram.dtype).tiny)
+    rest = gram[:, :, layout.rest[:, None], layout.rest]
+    maps = HeadMaps(torch.stack([real, imag], -1) / energy[:, None], rest[group, member] @ torch.linalg.pinv(rest[member, member]))
     return maps.restricted(layout)
 
 
