@@ -52,7 +52,9 @@ def read_from(gram: Tensor, layout: FrameLayout, group: list[int], member: int) 
     imag = cross[:, second, first] - cross[:, first, second]
     energy = (own[first, first] + own[second, second]).clamp_min(torch.finfo(gram.dtype).tiny)
     rest = gram[:, :, layout.rest[:, None], layout.rest]
-    maps = HeadMaps(torch.stack([real, imag], -1) / energy[:, None], rest[group, member] @ torch.linalg.pinv(rest[member, member]))
+    maps = HeadMaps(
+        torch.stack([real, imag], -1) / energy[:, None], rest[group, member] @ torch.linalg.pinv(rest[member, member])
+    )
     return maps.restricted(layout)
 
 

@@ -14,7 +14,7 @@ class Method:
 
     `fields` go to `DHAConfig`. `distil`: the base is the teacher, else the next token is. `share` is the
     share of all tokens that goes into the fusion stage (base frozen, adapter trained). `one_member`: a group's shared head is
-    its best member instead of a fused one.
+    its best member instead of a fused one. `frozen`: only the adapter is trained, its groups tied from the start.
     """
 
     label: str
@@ -22,6 +22,7 @@ class Method:
     distil: bool = True
     share: float = 0.0
     one_member: bool = False
+    frozen: bool = False
 
     @property
     def grouping(self) -> str:
@@ -47,6 +48,7 @@ METHODS = {
         share=0.25,
     ),
     "aligned": Method("DHA aligned (ours)"),
+    "adapter": Method("DHA aligned, only the adapter trained", frozen=True),
     "one-member": Method("without fusion (one member of each group is kept)", one_member=True),
     "uniform": Method("without adaptive budgets", {"allocation": "uniform"}),
     "undamped": Method("budgets undamped", {"damping": 1.0}),
@@ -57,6 +59,9 @@ METHODS = {
 }
 MAIN = ("gqa", "linear", "aligned")
 ABLATION = ("aligned", "one-member", "uniform", "undamped", "unaligned", "next-token")
+STEP_TOKENS = 32_768
+BARS = (22, 400)
+"""Steps at which adaptive and equal budgets, and the adapter alone, are compared."""
 CKA = ("aligned", "cka", "unaligned", "cka-linear")
 SPLIT = {"linear": (0.1, 0.25, 0.5, 0.75, 1.0), "aligned": (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)}
 """Shares of the tokens in the fusion stage. Linear fusion finds its groups in it, so it has no 0."""
@@ -88,6 +93,7 @@ class Sizes:
     side_budget: float = 0.25
     side_fractions: tuple[float, ...] = (0.0025, 0.05)
     split_fractions: tuple[float, ...] = (0.0025, 0.01)
+    pretraining_tokens: float = 286e6
 
 
 def jobs(tables: Iterable[str], sizes: Sizes) -> list[Job]:
@@ -115,6 +121,12 @@ def _split(sizes: Sizes) -> Iterator[Job]:
             yield Job(method, sizes.side_budget, fraction, share, seed)
 
 
+def _bars(sizes: Sizes) -> Iterator[Job]:
+    fractions = [steps * STEP_TOKENS / sizes.pretraining_tokens for steps in BARS]
+    yield from _grid(("aligned", "uniform"), sizes.budgets, fractions, sizes.seeds)
+    yield from _grid(("adapter",), (sizes.side_budget,), fractions, sizes.seeds)
+
+
 def _grid(methods: Iterable[str], budgets, fractions, seeds) -> Iterator[Job]:
     """All cells, and each method's loss without training, which no seed moves."""
     for name, budget in product(methods, budgets):
@@ -124,4 +136,4 @@ def _grid(methods: Iterable[str], budgets, fractions, seeds) -> Iterator[Job]:
         yield from (Job(name, budget, fraction, share, seed) for fraction, seed in product(fractions, seeds))
 
 
-TABLES = {"main": _main, "ablation": _ablation, "split": _split, "cka": _cka}
+TABLES = {"bars": _bars, "main": _main, "ablation": _ablation, "split": _split, "cka": _cka}

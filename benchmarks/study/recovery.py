@@ -95,6 +95,8 @@ def recover(study: Study, job: Job, rows: Tensor) -> tuple[nn.Module, float | No
     """The trained model and, if it went through a fusion stage, its loss right before the collapse."""
     method, before = METHODS[job.method], None
     config = DHAConfig(head_budget=job.budget, task_type="CAUSAL_LM", **method.fields)
+    if method.frozen:
+        return adapter_alone(study, job, rows, config)
     fusion_rows = max(round(job.share * len(rows)), FEWEST_ROWS if method.trains_groups else 0)
     if fusion_rows:
         adapted = get_dha_model(copy.deepcopy(study.base), config, analysis=study.analyses.get(method.grouping))
@@ -104,10 +106,21 @@ def recover(study: Study, job: Job, rows: Tensor) -> tuple[nn.Module, float | No
     else:
         model = at_once(study, method, config)
     if len(rows) > fusion_rows and method.distil:
-        heal(model, rows[fusion_rows:], study.base, study.rates)
+        heal(model, rows[fusion_rows:], study.base)
     elif len(rows) > fusion_rows:
         continue_pretraining(model, rows[fusion_rows:], study.rates)
     return model.eval(), before
+
+
+def adapter_alone(study: Study, job: Job, rows: Tensor, config: DHAConfig) -> tuple[nn.Module, float]:
+    """The base stays as it is; the closed form's maps are trained. Returns the collapsed model and the loss before the collapse."""
+    adapted = get_dha_model(copy.deepcopy(study.base), config, analysis=study.analyses[METHODS[job.method].grouping])
+    if len(rows):
+        heal(adapted, rows, study.base)
+    else:
+        adapted.base_model.tie_groups()
+    before = evaluate_loss(adapted, study.validation, study.length)
+    return adapted.merge_and_unload().eval(), before
 
 
 def at_once(study: Study, method: Method, config: DHAConfig) -> nn.Module:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from .methods import TABLES, Sizes, jobs
+from .methods import METHODS, TABLES, Sizes, jobs
 from .pool import Table, Workers, fill
 from .prepare import load, prepare
 from .recovery import FIELDS, SCORE_FIELDS, Tasks
@@ -27,7 +27,7 @@ from .training import Rates
 def main() -> None:
     args, start = parse(), time.monotonic()
     sizes = Sizes(**{f.name: _tuple(getattr(args, f.name)) for f in fields(Sizes)})
-    wanted = jobs(args.tables, sizes)
+    wanted = [job for job in jobs(args.tables, sizes) if job.method in args.methods]
     tasks = Tasks(
         tuple(args.tasks),
         args.include_path,
@@ -65,7 +65,8 @@ def parse() -> argparse.Namespace:
         "--train-tokens", type=int, help="tokens of text to read; more are epochs over them (default: no repeat)"
     )
     parser.add_argument("--tables", nargs="+", choices=list(TABLES), default=list(TABLES))
-    for field in fields(Sizes):
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="only jobs of these")
+    for field in [f for f in fields(Sizes) if f.name != "pretraining_tokens"]:
         many = {"nargs": "+"} if isinstance(field.default, tuple) else {}
         kind = int if field.name == "seeds" else float
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default, **many)

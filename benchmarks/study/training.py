@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from dha_peft import FusionSchedule, ScheduleOptions
+from dha_peft.training import heal as package_heal
 from dha_peft.training import healing_loss
 
 FEWEST_ROWS = 4
@@ -27,14 +29,16 @@ class Rates:
     omega: float = 3e-2
 
 
-def heal(student: nn.Module, rows: Tensor, teacher: nn.Module, rates: Rates) -> None:
-    """Train all weights of a merged `student` in place against its base on `rows` `[N, T]`: every row once, in order."""
-    _train(
+def heal(student: nn.Module, rows: Tensor, teacher: nn.Module) -> None:
+    """Train a merged student, or the adapter of a `PeftModel` with its groups tied at the closed form, as the package does it by default."""
+    if not isinstance(student, PeftModel):
+        student.requires_grad_(True)
+    package_heal(
         student,
-        rows,
-        partial(healing_loss, student, teacher=teacher),
-        _all_weights(student, rates),
-        _updates(rows, rates),
+        rows.cpu(),
+        None if isinstance(student, PeftModel) else teacher,
+        disable_tqdm=True,
+        logging_strategy="no",
     )
 
 

@@ -88,7 +88,11 @@ def _align_full(weighted: WeightedGram, gram: Tensor, metric: Tensor) -> tuple[T
     values, vectors = top_eigh(weighted.full, size)
     # Directions without energy are known only up to rounding.
     floor = values[-1].clamp_min(torch.finfo(values.dtype).tiny) * 8 * torch.finfo(values.dtype).eps
-    into = vectors.reshape(count, size, size).transpose(1, 2) @ matrix_sqrt(metric) / values.clamp_min(floor).sqrt()[:, None]
+    into = (
+        vectors.reshape(count, size, size).transpose(1, 2)
+        @ matrix_sqrt(metric)
+        / values.clamp_min(floor).sqrt()[:, None]
+    )
     # In this frame the shared head's outputs are white; give them the mean energy of the heads they replace.
     scale = _mean_norm(gram, size)
     out = torch.einsum("ijab,jcb->iac", gram, into)

@@ -173,9 +173,7 @@ def _budget(options: SearchOptions, pool: tuple[str, ...]) -> tuple[str, float]:
     return (field, own) if own is not None else ("head_budget", options.head_budget)
 
 
-def _curve(
-    grouping: str, site: AttentionSite, statistics: Statistics, kind: str, problem: HeadProblem
-) -> GroupCurve:
+def _curve(grouping: str, site: AttentionSite, statistics: Statistics, kind: str, problem: HeadProblem) -> GroupCurve:
     if grouping == "contiguous":
         return contiguous_curve(problem)
     if grouping == "cka":

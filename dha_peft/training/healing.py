@@ -135,18 +135,21 @@ def heal(
     data: Tensor | Any,
     teacher: nn.Module | None = None,
     healing: HealingOptions | None = None,
-    batch_tokens: int = 4096,
+    batch_tokens: int | None = None,
+    progressive: bool = False,
     callbacks: list[TrainerCallback] | None = None,
     **arguments: Any,
 ) -> DHATrainer:
     """Train a converted model in place against its base, every row once, and return the trainer that did it.
 
     Args:
-        student: a merged model, all of whose weights are trained at their `Rates`, or a `PeftModel`, whose adapters are. Groups of a
-            DHA adapter are fused step by step by `DHACallback`.
+        student: a merged model, all of whose weights are trained at their `Rates`, or a `PeftModel`, whose adapters are.
         data: rows of token ids `[N, T]`, or a dataset of rows with `input_ids`.
         teacher: the base model; needed for a merged student.
-        batch_tokens: tokens of one update on one device, at least a row. Small updates use few tokens best (measured).
+        batch_tokens: tokens of one update on one device, at least a row; 4096 for weights, 8192 for adapters. Small updates use few
+            tokens best (measured).
+        progressive: fuse the groups of a DHA adapter step by step by `DHACallback`. Otherwise they are tied first, so that all tokens
+            train the heads that will be kept.
         arguments: any `TrainingArguments`. With an `output_dir` that holds a checkpoint the run goes on from there. Defaults: one epoch of AdamW, cosine to 2 %, learning rate 0.5 / hidden size for weights
             (1e-3 at 512, 1.2e-4 at 4096) and 3e-3 for adapters, bfloat16 where the GPU has it, nothing saved or reported.
 
@@ -156,9 +159,15 @@ def heal(
     rows = [{"input_ids": row} for row in data] if isinstance(data, Tensor) else data
     if not len(rows):
         raise ValueError("`data` has no row; give at least one row of token ids.")
+    batch_tokens = batch_tokens or (8192 if isinstance(student, PeftModel) else 4096)
     batch = max(batch_tokens // len(rows[0]["input_ids"]), 1)
+    fusions = [
+        m.active_fusion() for m in student.modules() if isinstance(m, DHALayer) and m.active_fusion() is not None
+    ]
+    for fusion in () if progressive else fusions:
+        fusion.pull(0)
     trainable = [p.requires_grad for p in student.parameters()]
-    callbacks = list(callbacks or []) + ([DHACallback()] if _has_fusion(student) else [])
+    callbacks = list(callbacks or []) + ([DHACallback()] if fusions else [])
     with tempfile.TemporaryDirectory() as folder:
         fields = default_arguments(student, len(rows) // batch) | {"per_device_train_batch_size": batch} | arguments
         args = TrainingArguments(**{"output_dir": folder, **fields})
@@ -189,10 +198,6 @@ def default_arguments(student: nn.Module, updates: int) -> dict[str, Any]:
         "remove_unused_columns": False,
         "dataloader_pin_memory": device.type == "cuda",
     }
-
-
-def _has_fusion(model: nn.Module) -> bool:
-    return any(isinstance(module, DHALayer) and module.active_fusion() is not None for module in model.modules())
 
 
 def _has_checkpoint(folder: str) -> bool:

@@ -119,7 +119,9 @@ def test_single_head_gets_identity_maps(layout):
 def test_deficient_heads_are_read_back(layout):
     """Fewer input directions than rows: the optimum is not unique, but the heads must come back, finite and exact."""
     heads = planted_heads(((0, 1, 2),), layout, SIZE) @ randn(SIZE, 3) @ randn(3, SIZE)
-    frame = align_group(HeadProblem.from_heads(heads, random_psd(SIZE, SIZE), random_psd(3, DIM, DIM), layout), [0, 1, 2])
+    frame = align_group(
+        HeadProblem.from_heads(heads, random_psd(SIZE, SIZE), random_psd(3, DIM, DIM), layout), [0, 1, 2]
+    )
     shared = shared_head(heads, [0, 1, 2], frame, layout).expand_as(heads)
     torch.testing.assert_close(frame.out.apply(shared, layout), heads, atol=1e-5, rtol=1e-5)
 

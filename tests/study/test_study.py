@@ -8,7 +8,7 @@ from fusion.planted import DIM, LAYOUTS, planted_heads, random_psd
 
 from benchmarks.study import render
 from benchmarks.study.members import best_members
-from benchmarks.study.methods import METHODS, Job, Sizes, jobs
+from benchmarks.study.methods import METHODS, TABLES, Job, Sizes, jobs
 from benchmarks.study.pool import Pace, Table
 from benchmarks.study.recovery import FIELDS, KEYS, SCORE_FIELDS
 from benchmarks.study.rows import tokens_to_reach
@@ -16,7 +16,7 @@ from dha_peft.fusion.moments import head_gram
 
 
 def test_every_job_is_listed_once_and_the_longest_come_first():
-    listed = jobs(["main", "ablation", "split", "cka"], Sizes())
+    listed = jobs(TABLES, Sizes())
     assert len(listed) == len(set(listed))
     assert [job.fraction for job in listed] == sorted((job.fraction for job in listed), reverse=True)
     assert set(METHODS) == {job.method for job in listed}

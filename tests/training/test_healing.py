@@ -92,10 +92,13 @@ def test_heal_moves_each_part_at_its_rate_and_brings_the_model_closer():
     assert 0 < rest < attention
 
 
-def test_heal_fuses_an_adapter_and_ends_tied():
+@pytest.mark.parametrize("progressive", [False, True])
+def test_heal_trains_an_adapter_and_ends_tied(progressive):
     adapted = get_dha_model(make_base(), DHAConfig(head_budget=0.5, task_type="CAUSAL_LM"), make_batches())
     base = {name: p.clone() for name, p in adapted.named_parameters() if "dha_" not in name}
-    heal(adapted, make_rows(), batch_tokens=24, disable_tqdm=True)
+    trainer = heal(adapted, make_rows(), batch_tokens=24, progressive=progressive, disable_tqdm=True)
+    first = next(log for log in trainer.state.log_history if "dha/fusion_loss" in log)
+    assert (first["dha/fusion_loss"] > 0.1) == progressive
     assert adapted.base_model.fusion_loss() < 1e-9
     assert all(torch.equal(p, base[name]) for name, p in adapted.named_parameters() if name in base)
     ids = make_ids()
