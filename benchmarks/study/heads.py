@@ -44,10 +44,7 @@ def main() -> None:
     validation = text_tokens(tokenizer, [args.validation], args.windows * args.length + 1)
     sites = find_attention(base)
     statistics = collect_statistics(base, sites, batches)
-    analyses = {
-        name: Analysis(sites, statistics, search_groups(sites, statistics, name).curves)
-        for name in ("aligned", "contiguous")
-    }
+    analyses = {name: search_groups(sites, statistics, name) for name in ("aligned", "contiguous")}
     layers = args.layers or [0, len(sites) // 2]
     write(args.results / "similarity.csv", similarity(sites, statistics, layers))
     write(args.results / "redundancy.csv", redundancy(sites, statistics))

@@ -52,7 +52,7 @@ def load(path: Path, model: str, device: str, **fields: Any) -> Study:
         "metrics": [{kind: metric.to(device) for kind, metric in layer.items()} for layer in raw["metrics"]],
     }
     statistics = Statistics(**{**raw, **moved})
-    analyses = {name: Analysis(sites, statistics, curves) for name, curves in saved["curves"].items()}
+    analyses = {name: Analysis(sites, statistics, curves, grouping=name) for name, curves in saved["curves"].items()}
     tokenizer = AutoTokenizer.from_pretrained(model)
     rows, validation = saved["rows"].to(device), saved["validation"].to(device)
     return Study(base, tokenizer, analyses, rows, validation, **fields)
