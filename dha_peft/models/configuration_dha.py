@@ -117,12 +117,17 @@ def _replicated_attention(family: Family, plan: dict[str, str] | None) -> dict[s
 
 
 class ClassTable(Mapping):
-    """What is made for each family, by merged model type, when it is first asked for: importing the package makes nothing."""
+    """What is made for each family, by merged model type, when it is first asked for: importing the package makes nothing.
 
-    def __init__(self, make: Callable[[Family], Any]) -> None:
-        self._make, self._made = make, {}
+    `before` is another table that this one is made from. Its entry comes first, because making it may make this one too.
+    """
+
+    def __init__(self, make: Callable[[Family], Any], before: Mapping[str, Any] | None = None) -> None:
+        self._make, self._made, self._before = make, {}, before
 
     def __getitem__(self, merged_type: str) -> Any:
+        if self._before is not None:
+            self._before[merged_type]
         if merged_type not in self._made:
             family = FAMILIES.get(merged_type.removeprefix("dha_"))
             if family is None or family.merged_type != merged_type or not family.available():

@@ -128,13 +128,16 @@ def add_models(family: Family) -> dict[str, type]:
     return classes
 
 
-MODELS = ClassTable(add_models)
+MODELS = ClassTable(add_models, before=CONFIGS)
 """Merged model type -> Auto class name -> merged class."""
 
 
 def __getattr__(name: str) -> Any:
     for family in FAMILIES.values():
-        if name in {f"Dha{family.prefix}{ending}" for ending in TASKS.values()} and family.merged_type in MODELS:
+        if (
+            name in {f"Dha{family.prefix}{ending}" for ending in (*TASKS.values(), SEQ2SEQ)}
+            and family.merged_type in MODELS
+        ):
             for cls in MODELS[family.merged_type].values():
                 if cls.__name__ == name:
                     return cls
