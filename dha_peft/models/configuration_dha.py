@@ -165,6 +165,7 @@ def add_config(family: Family) -> type:
         "__doc__": DhaConfigMixin.__doc__,
         "model_type": family.merged_type,
         "dha_family": family,
+        "_auto_class": None,  # a base of remote code has one, and would have its checkpoints carry these files
     }
     cls = type(f"Dha{family.prefix}Config", (DhaConfigMixin, family.base_class("Config")), body)
     if family.ships:

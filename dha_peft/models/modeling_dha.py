@@ -91,7 +91,9 @@ class DhaMixin(DhaInit):
 
 def _classes(family: Family) -> dict[str, type]:
     """Auto class name -> merged class, for every task of a family."""
-    body = {"__module__": __name__, "dha_family": family, "config_class": CONFIGS[family.merged_type]}
+    body = {
+        "__module__": __name__, "dha_family": family, "config_class": CONFIGS[family.merged_type], "_auto_class": None
+    }  # fmt: skip
     classes: dict[str, type] = {}
     for auto, ending in family.tasks().items():
         bases = (DhaMixin, family.base_class(ending)) + (
