@@ -42,7 +42,7 @@ def build_merged(
     Raises:
         ValueError: unsupported, quantized or already merged base; plan or weights that do not fit it.
     """
-    family = family_of(base_model.config.model_type)
+    family = family_of(base_model.config)
     sources = family.attentions(base_model.base_model)
     _check_base(base_model, plan, layer_weights, [kv_heads(family, source, base_model.config) for source in sources])
     queries = family.query_heads(base_model.config)

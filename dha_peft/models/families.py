@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from .family import Family, Stack, get_path, head_size, rotary_pairs, rotary_size
 
 _NEOX = {"q": "query_key_value", "k": "query_key_value", "v": "query_key_value", "o": "dense"}
@@ -79,23 +81,36 @@ ROWS: tuple[Family, ...] = (
 FAMILIES: dict[str, Family] = {row.model_type: row for row in ROWS}
 
 
-def family_of(model_type: str) -> Family:
-    """Row of a base model type.
+def family_of(config: Any) -> Family:
+    """Row of a base model, by its config.
 
     Raises:
-        ValueError: the type is not in the table, or it is already a merged one.
+        ValueError: the type is not in the table, is already a merged one, is made of several models (text and images), or has
+            multi-head latent attention.
     """
+    model_type = config.model_type
     if model_type.startswith("dha_"):
         raise ValueError(
             f"a model of type `{model_type}` is already a merged DHA model; give the base model it was made from."
         )
-    if model_type not in FAMILIES:
+    if model_type in FAMILIES:
+        return FAMILIES[model_type]
+    text = config.get_text_config()
+    if text is not config:
         raise ValueError(
-            f"`config.model_type` is `{model_type}`, which is no row of the table of model families, so it is unknown where "
-            "its layers, attention and query, key, value and output projections are; supported types are "
-            f"{', '.join(sorted(FAMILIES))}. Add a row with `dha_peft.register_family` (see docs/families.md)."
+            f"a model of type `{model_type}` is made of several models; convert its language model (of type `{text.model_type}`, "
+            "most often at `model.model.language_model`) alone and put the result in its place (see docs/families.md)."
         )
-    return FAMILIES[model_type]
+    if getattr(config, "kv_lora_rank", None):
+        raise ValueError(
+            f"a model of type `{model_type}` caches one latent per token instead of key and value heads (multi-head latent "
+            "attention), so there is nothing to fuse; choose a model with multi-head or grouped-query attention."
+        )
+    raise ValueError(
+        f"`config.model_type` is `{model_type}`, which is no row of the table of model families, so it is unknown where "
+        "its layers, attention and query, key, value and output projections are; supported types are "
+        f"{', '.join(sorted(FAMILIES))}. Add a row with `dha_peft.register_family` (see docs/families.md)."
+    )
 
 
 __all__ = ["FAMILIES", "ROWS", "Family", "family_of", "get_path", "head_size", "rotary_pairs", "rotary_size"]
