@@ -124,7 +124,8 @@ def dha_attention(
     fused, softcap = min(maps.num_key_heads, maps.num_value_heads) < query.shape[1], kwargs.get("softcap")
     fused = fused and not (softcap and name == "sdpa")  # which caps nothing, or refuses to
     if fused and takes_grouped_path(query, key, attention_mask, dropout, kwargs):
-        return decode_attention(query, key, value, maps, scaling, attention_mask, name == "eager", step, softcap)
+        weights, sinks = name == "eager", kwargs.get("s_aux")
+        return decode_attention(query, key, value, maps, scaling, attention_mask, weights, step, softcap, sinks)
     key, value = maps.expand(key, value)
     function = ALL_ATTENTION_FUNCTIONS.get_interface(name, module.eager_attention)
     return function(StockView(module), query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)

@@ -123,7 +123,8 @@ class ClassTable(Mapping):
     """
 
     def __init__(self, make: Callable[[Family], Any], before: Mapping[str, Any] | None = None) -> None:
-        self._make, self._made, self._before = make, {}, before
+        self._make, self._before = make, before
+        self._made: dict[str, Any] = {}
 
     def __getitem__(self, merged_type: str) -> Any:
         if self._before is not None:

@@ -16,7 +16,7 @@ MAX_QUERIES = 4
 
 _PATHS = ("auto", "grouped", "expand")
 # Arguments of attention functions that change the result and that the grouped path does not know.
-_UNKNOWN = ("s_aux", "position_bias", "cache", "cu_seq_lens_q", "cu_seq_lens_k")
+_UNKNOWN = ("position_bias", "cache", "cu_seq_lens_q", "cu_seq_lens_k")
 
 _path = os.environ.get("DHA_ATTENTION", "auto")
 _kernel: Callable[..., Tensor] | None = None
@@ -69,17 +69,18 @@ def decode_attention(
     weights: bool = False,
     step: list[Any] | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Attend with the kernel or in torch.
 
     Returns:
         Output `[B, T, H, d]` (transformers' layout) and, if `weights`, the probabilities `[B, H, T, S]`.
     """
-    if _kernel is not None and _path == "auto" and not weights and softcap is None:
+    if _kernel is not None and _path == "auto" and not weights and softcap is None and sinks is None:
         out = _kernel(query, key, value, maps.key_map, maps.value_map, scale, mask=mask, step=step)
         if out is not None:
             return out.transpose(1, 2).contiguous(), None
-    out, probs = grouped_attention(query, key, value, maps, scale, mask, softcap)
+    out, probs = grouped_attention(query, key, value, maps, scale, mask, softcap, sinks)
     return out.transpose(1, 2).contiguous(), probs if weights else None
 
 
@@ -91,6 +92,7 @@ def grouped_attention(
     scale: float,
     mask: Tensor | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scores per key group, softmax per query head, values per value group.
 
@@ -98,6 +100,7 @@ def grouped_attention(
         query: `[B, H, T, d]`, `key`: `[B, Hk, S, d]`, `value`: `[B, Hv, S, d]`.
         mask: bool (True = attend) or additive, broadcasts to `[B, H, T, S]`.
         softcap: scores become `softcap * tanh(scores / softcap)` (Gemma 2).
+        sinks: `[H]`, a score per query head that takes its share of the probability and adds nothing (gpt-oss).
 
     Returns:
         Output `[B, H, T, d]` and probabilities `[B, H, T, S]`, in the value's dtype.
@@ -111,7 +114,9 @@ def grouped_attention(
     if mask is not None:
         low = torch.finfo(torch.float32).min
         scores = scores.masked_fill(~mask, low) if mask.dtype == torch.bool else scores + mask
-    probs = torch.softmax(scores, dim=-1).to(value.dtype)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.float()[:, None, None].expand(batch, -1, length, 1)], dim=-1)
+    probs = torch.softmax(scores, dim=-1)[..., : key.shape[2]].to(value.dtype)
     rows = probs.index_select(1, maps.value_rows).reshape(batch, maps.num_value_heads, -1, key.shape[2])
     out = torch.matmul(rows, value).reshape(batch, -1, length, value.shape[-1])
     return out.index_select(1, maps.value_slots), probs

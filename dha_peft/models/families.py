@@ -21,6 +21,23 @@ _BART = (
         "decoder.layers", {"self_attn": "self", "encoder_attn": "cross"}, "decoder_layers", "decoder_attention_heads"
     ),
 )
+_BERT = {
+    "stacks": (Stack("encoder.layer", {"attention": "encoder"}),),
+    "position": "none",
+    "q": "self.query",
+    "k": "self.key",
+    "v": "self.value",
+    "o": "output.dense",
+}
+_DISTIL = {
+    "stacks": (Stack("transformer.layer", {"attention": "encoder"}),),
+    "position": "none",
+    "q": "q_lin",
+    "k": "k_lin",
+    "v": "v_lin",
+    "o": "out_lin",
+}
+_SEQ2SEQ = {"stacks": _BART, "seq2seq": "AutoModelForSeq2SeqLM", "o": "out_proj", "position": "none"}
 # Forwards that want every head, and that compute attention themselves.
 _OWN = {"gather": True, "dispatch": False, "reorder": False}
 _CORE = {**_OWN, "core": "_attn"}
@@ -46,6 +63,20 @@ ROWS: tuple[Family, ...] = (
     Family("cohere", "Cohere", position="interleaved", key_norm="head_layer", reorder=False),
     Family("granite", "Granite"),
     Family("smollm3", "SmolLM3"),
+    Family("cohere2", "Cohere2", position="interleaved", rope_flag="sliding_window"),
+    Family("glm", "Glm", position="interleaved"),
+    Family("glm4", "Glm4", position="interleaved"),
+    Family("glm4_moe", "Glm4Moe", key_norm="head_rms"),
+    Family("ernie4_5", "Ernie4_5", position="interleaved"),
+    Family("exaone4", "Exaone4", key_norm="head_rms", norm_axis=1),
+    Family("apertus", "Apertus", key_norm="head_rms", norm_axis=1),
+    Family("nemotron", "Nemotron"),
+    Family("granitemoe", "GraniteMoe"),
+    Family("seed_oss", "SeedOss"),
+    Family("ministral", "Ministral"),
+    Family("ministral3", "Ministral3"),
+    Family("phimoe", "Phimoe"),
+    Family("gpt_oss", "GptOss", reorder=False),
     # Fused projections, or forwards that count on one key and value head per query head.
     Family("stablelm", "StableLm", key_norm="head_layer", norm="k_layernorm", reorder=False, gather=True),
     Family("phi3", "Phi3", q="qkv_proj", k="qkv_proj", v="qkv_proj", packing="blocks", gather=True),
@@ -54,6 +85,7 @@ ROWS: tuple[Family, ...] = (
     Family("gpt2", "GPT2", packing="blocks", position="none", gather=True, names=_CAUSAL_GPT2, **_GPT2),
     Family("gpt_bigcode", "GPTBigCode", packing="heads", position="none", gather=True, **_GPT2),
     Family("opt", "OPT", layers="decoder.layers", o="out_proj", position="none", gather=True),
+    Family("biogpt", "BioGpt", o="out_proj", position="none", gather=True),
     Family("gptj", "GPTJ", layers="h", attention="attn", o="out_proj", position="interleaved", **_CORE),
     Family("gpt_neo", "GPTNeo", layers="h", attention="attn.attention", o="out_proj", position="none", **_CORE),
     Family(
@@ -65,13 +97,20 @@ ROWS: tuple[Family, ...] = (
         "mpt", "Mpt", layers="blocks", attention="attn", packing="blocks", position="none",
         q="Wqkv", k="Wqkv", v="Wqkv", o="out_proj", **_OWN,
     ),
+    Family("xglm", "XGLM", o="out_proj", position="none", **_OWN),
     # Encoders: no cache; the merged model has fewer weights.
-    Family(
-        "bert", "Bert", stacks=(Stack("encoder.layer", {"attention": "encoder"}),), position="none",
-        q="self.query", k="self.key", v="self.value", o="output.dense", **_OWN,
-    ),
+    Family("bert", "Bert", **_BERT, **_OWN),
+    Family("roberta", "Roberta", **_BERT, **_OWN),
+    Family("xlm-roberta", "XLMRoberta", folder="xlm_roberta", **_BERT, **_OWN),
+    Family("electra", "Electra", **_BERT, **_OWN),
+    Family("distilbert", "DistilBert", **_DISTIL),
+    Family("vit", "ViT", stacks=(Stack("layers", {"attention": "encoder"}),), position="none"),
     # Encoder-decoders: attention of the encoder, of the decoder, and between them.
-    Family("bart", "Bart", stacks=_BART, seq2seq="AutoModelForSeq2SeqLM", o="out_proj", position="none"),
+    Family("bart", "Bart", **_SEQ2SEQ),
+    Family("mbart", "MBart", **_SEQ2SEQ),
+    Family("pegasus", "Pegasus", **_SEQ2SEQ),
+    Family("marian", "Marian", names={"ForConditionalGeneration": "MarianMTModel"}, **_SEQ2SEQ),
+    Family("m2m_100", "M2M100", **_SEQ2SEQ),
     Family(
         "whisper", "Whisper", stacks=_BART, seq2seq="AutoModelForSpeechSeq2Seq", source_mask=False,
         o="out_proj", position="none", gather=True,
