@@ -16,7 +16,7 @@ MAX_QUERIES = 4
 
 _PATHS = ("auto", "grouped", "expand")
 # Arguments of attention functions that change the result and that the grouped path does not know.
-_UNKNOWN = ("position_bias", "cache", "cu_seq_lens_q", "cu_seq_lens_k")
+_UNKNOWN = ("cache", "cu_seq_lens_q", "cu_seq_lens_k")
 
 _path = os.environ.get("DHA_ATTENTION", "auto")
 _kernel: Callable[..., Tensor] | None = None
@@ -57,6 +57,13 @@ def takes_grouped_path(query: Tensor, key: Tensor, mask: Any, dropout: float, op
         # Without a mask, several queries mean causal attention, and a window is left to the stock function.
         return query.shape[2] == 1 and options.get("sliding_window") is None
     return isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[-1] == key.shape[2]
+
+
+def biased_mask(mask: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    """A mask `[B, 1, T, S]` together with position biases of the scores `[1, H, T, S]` (T5)."""
+    if mask is None or bias is None:
+        return mask if bias is None else bias
+    return bias.masked_fill(~mask, torch.finfo(bias.dtype).min) if mask.dtype == torch.bool else mask + bias
 
 
 def decode_attention(

@@ -21,6 +21,16 @@ _BART = (
         "decoder.layers", {"self_attn": "self", "encoder_attn": "cross"}, "decoder_layers", "decoder_attention_heads"
     ),
 )
+_T5 = {
+    "stacks": (
+        Stack("encoder.block", {"layer.0.SelfAttention": "encoder"}, "num_layers", "num_heads"),
+        Stack(
+            "decoder.block", {"layer.0.SelfAttention": "self", "layer.1.EncDecAttention": "cross"},
+            "num_decoder_layers", "num_heads",
+        ),
+    ),
+    "seq2seq": "AutoModelForSeq2SeqLM", "position": "none", "reorder": False, **{name: name for name in "qkvo"},
+}  # fmt: skip
 _BERT = {
     "stacks": (Stack("encoder.layer", {"attention": "encoder"}),),
     "position": "none",
@@ -111,6 +121,8 @@ ROWS: tuple[Family, ...] = (
     Family("pegasus", "Pegasus", **_SEQ2SEQ),
     Family("marian", "Marian", names={"ForConditionalGeneration": "MarianMTModel"}, **_SEQ2SEQ),
     Family("m2m_100", "M2M100", **_SEQ2SEQ),
+    Family("t5", "T5", **_T5),
+    Family("mt5", "MT5", **_T5),
     Family(
         "whisper", "Whisper", stacks=_BART, seq2seq="AutoModelForSpeechSeq2Seq", source_mask=False,
         o="out_proj", position="none", gather=True,

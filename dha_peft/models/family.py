@@ -140,12 +140,11 @@ class Family:
             return False
 
     def tasks(self) -> dict[str, str]:
-        """Auto class -> ending, where the family has a class. A decoder taken out of an encoder-decoder is no task."""
-        tasks = TASKS
+        """Auto class -> ending, where the family has a class. Encoders, and decoders taken out of an encoder-decoder, are no
+        causal models."""
+        tasks = {auto: ending for auto, ending in TASKS.items() if ending != "ForCausalLM" or not self.stacks}
         if self.seq2seq:
-            tasks = {auto: ending for auto, ending in TASKS.items() if ending != "ForCausalLM"} | {
-                self.seq2seq: SEQ2SEQ
-            }
+            tasks[self.seq2seq] = SEQ2SEQ
         return {auto: ending for auto, ending in tasks.items() if self.base_class(ending) is not None}
 
     def parts(self) -> tuple[Stack, ...]:

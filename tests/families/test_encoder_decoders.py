@@ -25,7 +25,10 @@ SIZES = {
     "encoder_attention_heads": HEADS, "decoder_attention_heads": HEADS, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None, "decoder_start_token_id": 2, "forced_eos_token_id": None,
 }  # fmt: skip
+T5 = {"num_layers": 1, "num_decoder_layers": 2, "num_heads": HEADS, "d_kv": HEAD_DIM, "d_ff": 48}
 OWN = {
+    "t5": T5,
+    "mt5": T5,
     "whisper": {"num_mel_bins": 4, "max_source_positions": FRAMES // 2, "max_target_positions": 32},
 }
 
@@ -36,7 +39,7 @@ def make_base(family: str, attn: str = "eager", auto: str = "", **fields: object
     base = getattr(transformers, auto or AUTOS[family]).from_config(config, attn_implementation=attn).eval()
     with torch.no_grad():
         for name, parameter in base.named_parameters():
-            if name.endswith("_proj.bias"):
+            if name.endswith("_proj.bias") or (OWN.get(family) is T5 and parameter.dim() > 1):
                 parameter.normal_(std=0.3)
     return base
 

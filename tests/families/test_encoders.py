@@ -60,13 +60,17 @@ def first_output(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
     return model(**inputs).to_tuple()[0]
 
 
-def test_every_encoder_is_tried():
+def test_every_encoder_is_tried_and_is_no_causal_model():
     alone = {
         name
         for name, row in FAMILIES.items()
         if {r for part in row.parts() for r in part.attention.values()} == {"encoder"}
     }
     assert alone == ENCODERS.keys()
+    with pytest.raises(
+        ValueError, match="`RobertaForCausalLM` has no merged counterpart; pass one of .*RobertaForMaskedLM"
+    ):
+        convert(make_encoder("roberta", "AutoModelForCausalLM"), DHAConfig(head_budget=0.5), make_batches(1))
 
 
 @torch.no_grad()
