@@ -146,13 +146,13 @@ def family_of(config: Any) -> Family:
         )
     if model_type in FAMILIES:
         return FAMILIES[model_type]
-    text = config.get_text_config()
-    if text is not config:
+    text = config.get_text_config(decoder=True)
+    if text.model_type != model_type:
         raise ValueError(
             f"a model of type `{model_type}` is made of several models; convert its language model (of type `{text.model_type}`, "
             "most often at `model.model.language_model`) alone and put the result in its place (see docs/families.md)."
         )
-    if getattr(config, "kv_lora_rank", None):
+    if config.to_dict().get("kv_lora_rank"):
         raise ValueError(
             f"a model of type `{model_type}` caches one latent per token instead of key and value heads (multi-head latent "
             "attention), so there is nothing to fuse; choose a model with multi-head or grouped-query attention."
