@@ -168,13 +168,25 @@ def add_config(family: Family) -> type:
         "dha_family": family,
         "_auto_class": None,  # a base of remote code has one, and would have its checkpoints carry these files
     }
-    cls = type(f"Dha{family.prefix}Config", (DhaConfigMixin, family.base_class("Config")), body)
+    base = family.base_class("Config")
+    cls = type(
+        f"Dha{family.prefix}Config", (DhaConfigMixin, base), body | ({} if family.ships else _own_defaults(base))
+    )
     if family.ships:
         cls.register_for_auto_class("AutoConfig")
     globals()[cls.__name__] = CONFIGS.keep(family, cls)
     for hook in NEW_CONFIG_HOOKS:
         hook(family.merged_type)
     return cls
+
+
+def _own_defaults(base: type) -> dict[str, Any]:
+    """Defaults that a config of remote code sets in its `__init__`: configs are data classes, so a subclass does not run it."""
+    try:
+        fields = vars(base())
+    except (AttributeError, TypeError, ValueError):  # its fields have no defaults
+        return {}
+    return {name: value for name, value in fields.items() if not (name.startswith("_") or hasattr(base, name))}
 
 
 CONFIGS = ClassTable(add_config)

@@ -112,7 +112,10 @@ def test_the_example_of_the_docs_runs_on_a_model_of_remote_code(tmp_path, monkey
 
     check = "import torch\nids, logits = torch.load('wanted.pt')\n"
     check += "torch.testing.assert_close(smaller(ids).logits, logits)\nassert 'Dha' in type(smaller).__name__"
-    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "other"), "PYTHONPATH": str(REPOSITORY)}
+    environment = os.environ | {
+        "HF_MODULES_CACHE": str(tmp_path / "other"),
+        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *sys.path]),
+    }
     command = [sys.executable, "-c", register + load + check]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
