@@ -192,7 +192,7 @@ def find_attention(model: nn.Module) -> list[AttentionSite]:
         raise ValueError(
             f"`{type(model).__name__}` has no `config.model_type`, so its attention cannot be found; pass a transformers model."
         )
-    family = family_of(config.model_type)
+    family = family_of(config)
     try:
         blocks = family.blocks(model.base_model)
     except AttributeError as error:

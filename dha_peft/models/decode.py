@@ -16,7 +16,7 @@ MAX_QUERIES = 4
 
 _PATHS = ("auto", "grouped", "expand")
 # Arguments of attention functions that change the result and that the grouped path does not know.
-_UNKNOWN = ("s_aux", "position_bias", "cache", "cu_seq_lens_q", "cu_seq_lens_k")
+_UNKNOWN = ("cache", "cu_seq_lens_q", "cu_seq_lens_k")
 
 _path = os.environ.get("DHA_ATTENTION", "auto")
 _kernel: Callable[..., Tensor] | None = None
@@ -59,6 +59,13 @@ def takes_grouped_path(query: Tensor, key: Tensor, mask: Any, dropout: float, op
     return isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[-1] == key.shape[2]
 
 
+def biased_mask(mask: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    """A mask `[B, 1, T, S]` together with position biases of the scores `[1, H, T, S]` (T5)."""
+    if mask is None or bias is None:
+        return mask if bias is None else bias
+    return bias.masked_fill(~mask, torch.finfo(bias.dtype).min) if mask.dtype == torch.bool else mask + bias
+
+
 def decode_attention(
     query: Tensor,
     key: Tensor,
@@ -69,17 +76,18 @@ def decode_attention(
     weights: bool = False,
     step: list[Any] | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Attend with the kernel or in torch.
 
     Returns:
         Output `[B, T, H, d]` (transformers' layout) and, if `weights`, the probabilities `[B, H, T, S]`.
     """
-    if _kernel is not None and _path == "auto" and not weights and softcap is None:
+    if _kernel is not None and _path == "auto" and not weights and softcap is None and sinks is None:
         out = _kernel(query, key, value, maps.key_map, maps.value_map, scale, mask=mask, step=step)
         if out is not None:
             return out.transpose(1, 2).contiguous(), None
-    out, probs = grouped_attention(query, key, value, maps, scale, mask, softcap, weights)
+    out, probs = grouped_attention(query, key, value, maps, scale, mask, softcap, sinks, weights)
     return out.transpose(1, 2).contiguous(), probs
 
 
@@ -91,6 +99,7 @@ def grouped_attention(
     scale: float,
     mask: Tensor | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
     weights: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """Scores per key group, softmax per query head, values per value group.
@@ -99,6 +108,7 @@ def grouped_attention(
         query: `[B, H, T, d]`, `key`: `[B, Hk, S, d]`, `value`: `[B, Hv, S, d]`.
         mask: bool (True = attend) or additive, broadcasts to `[B, H, T, S]`.
         softcap: scores become `softcap * tanh(scores / softcap)` (Gemma 2).
+        sinks: `[H]`, a score per query head that takes its share of the probability and adds nothing (gpt-oss).
 
     Returns:
         Output `[B, H, T, d]` and, if `weights`, probabilities `[B, H, T, S]`, in the value's dtype.
@@ -115,7 +125,9 @@ def grouped_attention(
         scores = torch.tanh(scores / softcap) * softcap
     if mask is not None:
         scores = _masked(scores, mask, maps)
-    probs = torch.softmax(scores, dim=-1).to(value.dtype)
+    if sinks is not None:
+        scores = torch.cat([scores, _sinks(sinks, maps).expand(len(scores), -1, scores.shape[2], 1)], dim=-1)
+    probs = torch.softmax(scores, dim=-1)[..., : key.shape[2]].to(value.dtype)
     out = _per_head(probs if maps.values_even else probs.index_select(1, maps.value_rows), value)
     if not maps.outputs_in_place:
         out = out.index_select(1, maps.value_slots)
@@ -143,3 +155,8 @@ def _masked(scores: Tensor, mask: Tensor, maps: HeadMaps) -> Tensor:
     if mask.shape[1] > 1 and maps.values_even:
         mask = mask.index_select(1, maps.value_rows)
     return scores.masked_fill(~mask, torch.finfo(torch.float32).min) if mask.dtype == torch.bool else scores + mask
+
+
+def _sinks(sinks: Tensor, maps: HeadMaps) -> Tensor:
+    """`[1, H, 1, 1]` in the order of the scores."""
+    return (sinks.index_select(0, maps.value_rows) if maps.values_even else sinks).float()[None, :, None, None]

@@ -102,7 +102,7 @@ def part_of(model: nn.Module) -> dict[nn.Parameter, str]:
     parts = dict.fromkeys(causal.parameters(), "rest")
     for embedding in (causal.get_input_embeddings(), causal.get_output_embeddings()):
         parts.update(dict.fromkeys(embedding.parameters() if embedding is not None else (), "embeddings"))
-    family = getattr(causal, "dha_family", None) or family_of(causal.config.model_type)
+    family = getattr(causal, "dha_family", None) or family_of(causal.config)
     for block in family.blocks(causal.base_model):
         parts.update(dict.fromkeys(block.module.parameters(), "attention"))
     for module in causal.modules():
