@@ -21,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 from decode_measure import copy_bandwidth, time_calls
+from decode_step import wait_for
 
 LAYER = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (22016, 4096), "down": (4096, 11008)}
 # rows, depth, stages, warps, programs that run at once on 132 multiprocessors
@@ -128,11 +129,11 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=40)
-    parser.add_argument("--warm-only", action="store_true", help="fill Triton's cache and leave")
+    parser.add_argument("--after", type=int, nargs="*", default=[], help="process ids to wait for before timing")
     args = parser.parse_args()
     device, begin = torch.device("cuda"), time.time()
     new, rows, best = {"device": device, "dtype": torch.bfloat16}, [], {}
-    copy, turns = (0, 1) if args.warm_only else (copy_bandwidth(device), 12)
+    turns = 12
     weights = {name: [torch.randn(*shape, **new) / 64 for _ in range(turns)] for name, shape in LAYER.items()}
     inputs = {name: torch.randn(args.tokens, shape[1], **new) for name, shape in LAYER.items()}
     linears = {name: Linear(*shape) for name, shape in LAYER.items()}
@@ -148,9 +149,8 @@ def main() -> None:
         print(failure)
     torch.cuda.synchronize()
     print(f"compiled {len(candidates)} in {time.time() - begin:.0f} s", flush=True)
-    if args.warm_only:
-        return
-    begin = time.time()
+    wait_for(args.after)
+    begin, copy = time.time(), copy_bandwidth(device)
     with args.csv.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["product", "tile", "error", "ms", "share_of_copy"])

@@ -119,6 +119,13 @@ class Job:
         self.process.kill()
 
 
+def wait_for(processes: list[int], seconds: float = 120) -> None:
+    """Until these processes have ended, and no longer than that."""
+    deadline = time.time() + seconds
+    while any(Path(f"/proc/{pid}").exists() for pid in processes) and time.time() < deadline:
+        time.sleep(0.2)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("jobs", nargs="*")
@@ -135,8 +142,8 @@ def main() -> None:
     for job in jobs:  # late ones would disturb the others' times
         if not job.ready.is_set():
             job.process.kill()
-    while any(Path(f"/proc/{pid}").exists() for pid in args.after) and time.time() < deadline:
-        time.sleep(0.2)
+    print("all compiled", flush=True)
+    wait_for(args.after)
     for job in jobs:
         job.go()
         if job.result is None:

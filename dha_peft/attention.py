@@ -192,7 +192,7 @@ def find_attention(model: nn.Module) -> list[AttentionSite]:
         raise ValueError(
             f"`{type(model).__name__}` has no `config.model_type`, so its attention cannot be found; pass a transformers model."
         )
-    family = family_of(config.model_type)
+    family = family_of(config)
     if getattr(model, "is_quantized", False) or getattr(config, "quantization_config", None):
         raise ValueError(
             "the base model is quantized, and heads are fused in full precision; call `dequantize()` first."

@@ -72,7 +72,7 @@ def skeleton(config: Any) -> nn.Module:
 
     from ..models import family_of
 
-    family_of(config.model_type)
+    family_of(config)
     check_causal(config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)

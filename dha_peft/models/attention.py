@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache_view import CacheView, GatherView, PairView, update_paged
 from .core import unexpanded
-from .decode import decode_attention, takes_grouped_path
+from .decode import biased_mask, decode_attention, takes_grouped_path
 from .family import Family, get_path, head_size, rotary_pairs, rotary_size, set_path
 from .maps import HeadMaps
 from .norms import QueryTurn, SharedNorm
@@ -95,8 +95,8 @@ def dha_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Any,
-    scaling: float | None = None,
     dropout: float = 0.0,
+    scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention function of merged layers: `query [B, H, T, d]`, `key [B, Hk, S, d]`, `value [B, Hv, S, d]`.
@@ -124,7 +124,9 @@ def dha_attention(
     fused, softcap = min(maps.num_key_heads, maps.num_value_heads) < query.shape[1], kwargs.get("softcap")
     fused = fused and not (softcap and name == "sdpa")  # which caps nothing, or refuses to
     if fused and takes_grouped_path(query, key, attention_mask, dropout, kwargs):
-        return decode_attention(query, key, value, maps, scaling, attention_mask, name == "eager", step, softcap)
+        weights, sinks = name == "eager", kwargs.get("s_aux")
+        mask = biased_mask(attention_mask, kwargs.get("position_bias"))
+        return decode_attention(query, key, value, maps, scaling, mask, weights, step, softcap, sinks)
     key, value = maps.expand(key, value)
     function = ALL_ATTENTION_FUNCTIONS.get_interface(name, module.eager_attention)
     return function(StockView(module), query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)

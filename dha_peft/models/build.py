@@ -42,7 +42,7 @@ def build_merged(
     Raises:
         ValueError: unsupported, quantized or already merged base; plan or weights that do not fit it.
     """
-    family = family_of(base_model.config.model_type)
+    family = family_of(base_model.config)
     sources = family.attentions(base_model.base_model)
     given = len(layer_weights) if isinstance(layer_weights, Sized) else len(sources)
     _check_base(base_model, plan, given, [kv_heads(family, source, base_model.config) for source in sources])

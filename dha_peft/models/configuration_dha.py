@@ -117,19 +117,24 @@ def _replicated_attention(family: Family, plan: dict[str, str] | None) -> dict[s
 
 
 class ClassTable(Mapping):
-    """What is made for each family, by merged model type, when it is first asked for: importing the package makes nothing."""
+    """What is made for each family, by merged model type, when it is first asked for: importing the package makes nothing.
 
-    def __init__(self, make: Callable[[Family], Any]) -> None:
-        self._make = make
-        self.made: dict[str, Any] = {}
+    `before` is another table that this one is made from. Its entry comes first, because making it may make this one too.
+    """
+
+    def __init__(self, make: Callable[[Family], Any], before: Mapping[str, Any] | None = None) -> None:
+        self._make, self._before = make, before
+        self._made: dict[str, Any] = {}
 
     def __getitem__(self, merged_type: str) -> Any:
-        if merged_type not in self.made:
+        if self._before is not None:
+            self._before[merged_type]
+        if merged_type not in self._made:
             family = FAMILIES.get(merged_type.removeprefix("dha_"))
             if family is None or family.merged_type != merged_type or not family.available():
                 raise KeyError(merged_type)
             self._make(family)
-        return self.made[merged_type]
+        return self._made[merged_type]
 
     def __iter__(self) -> Iterator[str]:
         return (family.merged_type for family in list(FAMILIES.values()) if family.available())
@@ -139,12 +144,12 @@ class ClassTable(Mapping):
 
     def keep(self, family: Family, made: Any) -> Any:
         """Set the entry of one family."""
-        self.made[family.merged_type] = made
+        self._made[family.merged_type] = made
         return made
 
     def forget(self, merged_type: str) -> None:
         """Make this entry anew when it is next asked for."""
-        self.made.pop(merged_type, None)
+        self._made.pop(merged_type, None)
 
 
 NEW_CONFIG_HOOKS: list[Callable[[str], None]] = []
@@ -161,14 +166,27 @@ def add_config(family: Family) -> type:
         "__doc__": DhaConfigMixin.__doc__,
         "model_type": family.merged_type,
         "dha_family": family,
+        "_auto_class": None,  # a base of remote code has one, and would have its checkpoints carry these files
     }
-    cls = type(f"Dha{family.prefix}Config", (DhaConfigMixin, family.base_class("Config")), body)
+    base = family.base_class("Config")
+    cls = type(
+        f"Dha{family.prefix}Config", (DhaConfigMixin, base), body | ({} if family.ships else _own_defaults(base))
+    )
     if family.ships:
         cls.register_for_auto_class("AutoConfig")
     globals()[cls.__name__] = CONFIGS.keep(family, cls)
     for hook in NEW_CONFIG_HOOKS:
         hook(family.merged_type)
     return cls
+
+
+def _own_defaults(base: type) -> dict[str, Any]:
+    """Defaults that a config of remote code sets in its `__init__`: configs are data classes, so a subclass does not run it."""
+    try:
+        fields = vars(base())
+    except (AttributeError, TypeError, ValueError):  # its fields have no defaults
+        return {}
+    return {name: value for name, value in fields.items() if not (name.startswith("_") or hasattr(base, name))}
 
 
 CONFIGS = ClassTable(add_config)

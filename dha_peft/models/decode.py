@@ -16,7 +16,7 @@ MAX_QUERIES = 4
 
 _PATHS = ("auto", "grouped", "expand")
 # Arguments of attention functions that change the result and that the grouped path does not know.
-_UNKNOWN = ("s_aux", "position_bias", "cache", "cu_seq_lens_q", "cu_seq_lens_k")
+_UNKNOWN = ("cache", "cu_seq_lens_q", "cu_seq_lens_k")
 
 _path = os.environ.get("DHA_ATTENTION", "auto")
 _kernel: Callable[..., Tensor] | None = None
@@ -59,6 +59,13 @@ def takes_grouped_path(query: Tensor, key: Tensor, mask: Any, dropout: float, op
     return isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[-1] == key.shape[2]
 
 
+def biased_mask(mask: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    """A mask `[B, 1, T, S]` together with position biases of the scores `[1, H, T, S]` (T5)."""
+    if mask is None or bias is None:
+        return mask if bias is None else bias
+    return bias.masked_fill(~mask, torch.finfo(bias.dtype).min) if mask.dtype == torch.bool else mask + bias
+
+
 def decode_attention(
     query: Tensor,
     key: Tensor,
@@ -69,18 +76,19 @@ def decode_attention(
     weights: bool = False,
     step: list[Any] | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Attend with the kernel or in torch.
 
     Returns:
         Output `[B, T, H, d]` (transformers' layout) and, if `weights`, the probabilities `[B, H, T, S]`.
     """
-    if _kernel is not None and _path == "auto" and not weights and softcap is None:
+    if _kernel is not None and _path == "auto" and not weights and softcap is None and sinks is None:
         out = _kernel(query, key, value, maps.key_map, maps.value_map, scale, mask=mask, step=step)
         if out is not None:
             return out.transpose(1, 2).contiguous(), None
-    out, probs = grouped_attention(query, key, value, maps, scale, mask, softcap)
-    return out.transpose(1, 2).contiguous(), probs if weights else None
+    out, probs = grouped_attention(query, key, value, maps, scale, mask, softcap, sinks, weights)
+    return out.transpose(1, 2).contiguous(), probs
 
 
 def grouped_attention(
@@ -91,27 +99,64 @@ def grouped_attention(
     scale: float,
     mask: Tensor | None = None,
     softcap: float | None = None,
-) -> tuple[Tensor, Tensor]:
+    sinks: Tensor | None = None,
+    weights: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """Scores per key group, softmax per query head, values per value group.
 
     Args:
         query: `[B, H, T, d]`, `key`: `[B, Hk, S, d]`, `value`: `[B, Hv, S, d]`.
         mask: bool (True = attend) or additive, broadcasts to `[B, H, T, S]`.
         softcap: scores become `softcap * tanh(scores / softcap)` (Gemma 2).
+        sinks: `[H]`, a score per query head that takes its share of the probability and adds nothing (gpt-oss).
 
     Returns:
-        Output `[B, H, T, d]` and probabilities `[B, H, T, S]`, in the value's dtype.
+        Output `[B, H, T, d]` and, if `weights`, probabilities `[B, H, T, S]`, in the value's dtype.
     """
-    batch, _, length, _ = query.shape
-    rows = query.index_select(1, maps.key_rows).reshape(batch, maps.num_key_heads, -1, query.shape[-1])
-    scores = torch.matmul(rows, key.transpose(2, 3)).reshape(batch, -1, length, key.shape[2])
-    scores = scores.index_select(1, maps.key_slots).float() * scale
+    if not maps.queries_in_place:
+        query = query.index_select(1, maps.key_rows)
+    scores = _per_head(query, key.transpose(2, 3)).float() * scale
+    # The softmax is over query heads, or right away over the rows that the values want if there are no more of those.
+    if not maps.values_even:
+        scores = scores.index_select(1, maps.key_slots)
+    elif not maps.rows_in_place:
+        scores = scores.index_select(1, maps.rows_between)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     if mask is not None:
-        low = torch.finfo(torch.float32).min
-        scores = scores.masked_fill(~mask, low) if mask.dtype == torch.bool else scores + mask
-    probs = torch.softmax(scores, dim=-1).to(value.dtype)
-    rows = probs.index_select(1, maps.value_rows).reshape(batch, maps.num_value_heads, -1, key.shape[2])
-    out = torch.matmul(rows, value).reshape(batch, -1, length, value.shape[-1])
-    return out.index_select(1, maps.value_slots), probs
+        scores = _masked(scores, mask, maps)
+    if sinks is not None:
+        scores = torch.cat([scores, _sinks(sinks, maps).expand(len(scores), -1, scores.shape[2], 1)], dim=-1)
+    probs = torch.softmax(scores, dim=-1)[..., : key.shape[2]].to(value.dtype)
+    out = _per_head(probs if maps.values_even else probs.index_select(1, maps.value_rows), value)
+    if not maps.outputs_in_place:
+        out = out.index_select(1, maps.value_slots)
+        if weights and maps.values_even:
+            probs = probs.index_select(1, maps.value_slots)
+    return out, probs if weights else None
+
+
+def _per_head(rows: Tensor, heads: Tensor) -> Tensor:
+    """`[B, G * n, T, x]` rows, n of them for each of the heads `[B, G, x, y]` -> `[B, G * n, T, y]`.
+
+    `torch.matmul` would copy heads whose batch and head dimensions are not one stretch, such as a slice of a cache.
+    """
+    batch, groups, inner, outer = heads.shape
+    length = rows.shape[2]
+    rows = rows.reshape(batch * groups, -1, inner)
+    if batch == 1 or heads.stride(0) == groups * heads.stride(1):
+        found = torch.bmm(rows, heads.flatten(0, 1))
+    else:
+        found = torch.cat([torch.bmm(r, h) for r, h in zip(rows.split(groups), heads, strict=True)])
+    return found.view(batch, -1, length, outer)
+
+
+def _masked(scores: Tensor, mask: Tensor, maps: HeadMaps) -> Tensor:
+    if mask.shape[1] > 1 and maps.values_even:
+        mask = mask.index_select(1, maps.value_rows)
+    return scores.masked_fill(~mask, torch.finfo(torch.float32).min) if mask.dtype == torch.bool else scores + mask
+
+
+def _sinks(sinks: Tensor, maps: HeadMaps) -> Tensor:
+    """`[1, H, 1, 1]` in the order of the scores."""
+    return (sinks.index_select(0, maps.value_rows) if maps.values_even else sinks).float()[None, :, None, None]

@@ -18,6 +18,7 @@ TASKS: dict[str, str] = {
     "AutoModelForSequenceClassification": "ForSequenceClassification",
     "AutoModelForTokenClassification": "ForTokenClassification",
     "AutoModelForQuestionAnswering": "ForQuestionAnswering",
+    "AutoModelForImageClassification": "ForImageClassification",
 }
 SEQ2SEQ = "ForConditionalGeneration"
 
@@ -71,6 +72,7 @@ class Family:
             blocks of queries, values and keys.
         position: "half" (RoPE pairs f and f + r/2 of the first r dimensions), "interleaved" (2f and 2f + 1) or "none"
             (nothing position dependent touches the keys: ALiBi and learned positions).
+        rope_flag: attribute of an attention module that is empty or false where a layer has no positions at all.
         reorder: whether query heads may be permuted (false if a head carries something of its own, such as a slope).
         gather: the family's forward wants one key and one value head per query head, so the distinct heads are
             repeated for it and cut out again in front of the cache.
@@ -99,6 +101,7 @@ class Family:
     o: str = "o_proj"
     packing: Packing = "separate"
     position: Literal["half", "interleaved", "none"] = "half"
+    rope_flag: str = "use_rope"
     reorder: bool = True
     gather: bool = False
     dispatch: bool = True
@@ -137,12 +140,11 @@ class Family:
             return False
 
     def tasks(self) -> dict[str, str]:
-        """Auto class -> ending, where the family has a class. A decoder taken out of an encoder-decoder is no task."""
-        tasks = TASKS
+        """Auto class -> ending, where the family has a class. Encoders, and decoders taken out of an encoder-decoder, are no
+        causal models."""
+        tasks = {auto: ending for auto, ending in TASKS.items() if ending != "ForCausalLM" or not self.stacks}
         if self.seq2seq:
-            tasks = {auto: ending for auto, ending in TASKS.items() if ending != "ForCausalLM"} | {
-                self.seq2seq: SEQ2SEQ
-            }
+            tasks[self.seq2seq] = SEQ2SEQ
         return {auto: ending for auto, ending in tasks.items() if self.base_class(ending) is not None}
 
     def parts(self) -> tuple[Stack, ...]:
@@ -197,14 +199,14 @@ def kv_heads(family: Family, attention: Any, config: Any) -> int:
 
 def rotary_size(family: Family, attention: Any, config: Any) -> int:
     """How many dimensions of a head carry rotary positions; 0 if positions do not touch the keys of this layer."""
-    if family.position == "none" or getattr(config, "alibi", False) or not getattr(attention, "use_rope", True):
+    if family.position == "none" or getattr(config, "alibi", False) or not getattr(attention, family.rope_flag, True):
         return 0
     size = getattr(attention, "rotary_ndims", None) or getattr(attention, "rotary_dim", None)
     if size is None:
         rope = getattr(config, "rope_parameters", None) or {}
         factor = rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None))
         size = int(head_size(attention, config) * (1.0 if factor is None else factor))
-    return int(size)
+    return int(size) + int(size) % 2  # an odd share of a head is rounded up, because frequencies come in pairs
 
 
 def rotary_pairs(family: Family, size: int) -> list[tuple[int, int]]:

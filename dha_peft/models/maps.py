@@ -22,6 +22,9 @@ class HeadMaps(nn.Module):
         key_rows, value_rows: `[Hk * n]` and `[Hv * m]`, query heads sorted by the head they read and padded to the
             largest group, so that one batched matmul serves all groups whatever their sizes.
         key_slots, value_slots: `[H]`, where each query head lies in those rows.
+        rows_between: `[Hv * m]`, where each value row lies in the key rows.
+        queries_in_place, rows_in_place, outputs_in_place: whether `key_rows`, `rows_between` and `value_slots` keep
+            everything where it is. values_even: whether no value row is padding.
 
     Buffers are not saved; `reset_buffers` restores them after loading on the meta device.
     """
@@ -35,7 +38,12 @@ class HeadMaps(nn.Module):
         # Python booleans: known when a graph is traced, so the usual layouts gather nothing.
         self.keys_in_place = [pair[0] for pair in pairs] == list(range(self.num_key_heads))
         self.values_in_place = [pair[1] for pair in pairs] == list(range(self.num_value_heads))
-        for name, index in self._indices(pairs).items():
+        indices = self._indices(pairs)
+        self.queries_in_place = indices["key_rows"] == list(range(len(self.keys)))
+        self.rows_in_place = indices["rows_between"] == list(range(len(indices["key_rows"])))
+        self.outputs_in_place = indices["value_slots"] == list(range(len(indices["value_rows"])))
+        self.values_even = len(indices["value_rows"]) == len(self.values)
+        for name, index in indices.items():
             self.register_buffer(name, torch.tensor(index), persistent=False)
 
     def _pairs(self) -> list[tuple[int, int]]:
@@ -55,6 +63,7 @@ class HeadMaps(nn.Module):
             "key_slots": key_slots,
             "value_rows": value_rows,
             "value_slots": value_slots,
+            "rows_between": [key_slots[query] for query in value_rows],
         }
 
     @torch.no_grad()

@@ -89,9 +89,11 @@ class DhaMixin(DhaInit):
         """Static caches are initialised at the first update: keys and values have different head counts."""
 
 
-def _classes(family: Family, config: type) -> dict[str, type]:
+def _classes(family: Family) -> dict[str, type]:
     """Auto class name -> merged class, for every task of a family."""
-    body = {"__module__": __name__, "dha_family": family, "config_class": config}
+    body = {
+        "__module__": __name__, "dha_family": family, "config_class": CONFIGS[family.merged_type], "_auto_class": None
+    }  # fmt: skip
     classes: dict[str, type] = {}
     for auto, ending in family.tasks().items():
         bases = (DhaMixin, family.base_class(ending)) + (
@@ -122,22 +124,22 @@ def _with_step(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def add_models(family: Family) -> dict[str, type]:
-    """Make and keep the model classes of one family, once: where the package is installed, making the config class asks for them."""
-    config = CONFIGS[family.merged_type]
-    if family.merged_type in MODELS.made:
-        return MODELS.made[family.merged_type]
-    classes = MODELS.keep(family, _classes(family, config))
+    """Make and keep the model classes of one family."""
+    classes = MODELS.keep(family, _classes(family))
     globals().update({cls.__name__: cls for cls in classes.values()})
     return classes
 
 
-MODELS = ClassTable(add_models)
+MODELS = ClassTable(add_models, before=CONFIGS)
 """Merged model type -> Auto class name -> merged class."""
 
 
 def __getattr__(name: str) -> Any:
     for family in FAMILIES.values():
-        if name in {f"Dha{family.prefix}{ending}" for ending in TASKS.values()} and family.merged_type in MODELS:
+        if (
+            name in {f"Dha{family.prefix}{ending}" for ending in (*TASKS.values(), SEQ2SEQ)}
+            and family.merged_type in MODELS
+        ):
             for cls in MODELS[family.merged_type].values():
                 if cls.__name__ == name:
                     return cls

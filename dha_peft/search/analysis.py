@@ -17,6 +17,7 @@ from ..fusion.grouping import GroupCurve, aligned_curve, contiguous_curve, simil
 from ..fusion.heads import HeadMaps
 from ..fusion.moments import head_gram
 from ..fusion.problem import HeadProblem
+from ..fusion.refinement import MOST_ROWS, refined_groups
 from ..fusion.similarity import cka_similarity
 from ..plan import DHAPlan, Groups, LayerPlan
 from .calibration import Statistics, collect_statistics
@@ -55,14 +56,13 @@ class Analysis:
     curves: list[dict[str, GroupCurve]]
     problems: list[dict[str, HeadProblem]] = field(default_factory=list)
     """Problems of rotary heads, which are small; those with free rows are stated anew, layer by layer, to hold only one."""
+    grouping: str = "aligned"
+    _refined: dict[tuple[int, str, int], Groups] = field(default_factory=dict, repr=False)
 
     def plan(self, options: SearchOptions) -> DHAPlan:
         """Groups that meet the budget exactly (`sum(Hk + Hv) == round(head_budget * total)`)."""
         counts = plan_counts(self.curves, options)
-        groups = [
-            tuple(curve[kind].groups[count[kind] - 1] for kind in KINDS)
-            for curve, count in zip(self.curves, counts, strict=True)
-        ]
+        groups = [tuple(self._groups(index, kind, count[kind]) for kind in KINDS) for index, count in enumerate(counts)]
         return labelled_plan(self.sites, groups)
 
     def frames(self, plan: DHAPlan) -> list[dict[str, Frames]]:
@@ -83,9 +83,22 @@ class Analysis:
                 target.pair[members], target.full[members] = source.pair.float(), source.full.float()
         return Frames(*maps)
 
-    def _problem(self, index: int, kind: str, members: list[int]) -> HeadProblem:
+    def _groups(self, index: int, kind: str, count: int) -> Groups:
+        """The curve's groups, made better where they are ours to choose."""
+        site, groups = self.sites[index], self.curves[index][kind].groups[count - 1]
+        too_large = site.num_heads * len(site.layout(kind).rest) > MOST_ROWS
+        if self.grouping != "aligned" or too_large or count in (1, site.num_heads):
+            return groups
+        place = (index, kind, count)
+        if place not in self._refined:
+            self._refined[place] = refined_groups(groups, self._problem(index, kind))
+        return self._refined[place]
+
+    def _problem(self, index: int, kind: str, members: list[int] | None = None) -> HeadProblem:
         kept = self.problems[index].get(kind) if self.problems else None
-        return kept.select(members) if kept else layer_problem(self.sites[index], self.statistics, kind, members)
+        if kept is None:
+            return layer_problem(self.sites[index], self.statistics, kind, members)
+        return kept if members is None else kept.select(members)
 
 
 def analyse(
@@ -107,7 +120,7 @@ def search_groups(sites: list[AttentionSite], statistics: Statistics, grouping: 
         found = {kind: layer_problem(site, statistics, kind) for kind in KINDS}
         curves.append({kind: _curve(grouping, site, statistics, kind, found[kind]) for kind in KINDS})
         problems.append({kind: problem for kind, problem in found.items() if not problem.rest.numel()})
-    return Analysis(sites, statistics, curves, problems)
+    return Analysis(sites, statistics, curves, problems, grouping)
 
 
 def layer_problem(

@@ -293,7 +293,9 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def _count(inputs: Batch) -> int:
-    """Tokens of a batch; of the decoder's if there are two kinds."""
+    """Tokens of a batch, of the decoder's if there are two kinds; or images."""
     kind = "decoder_" if "decoder_input_ids" in inputs else ""
-    mask = inputs.get(f"{kind}attention_mask")
-    return inputs[f"{kind}input_ids"].numel() if mask is None else int(mask.sum())
+    mask, ids = inputs.get(f"{kind}attention_mask"), inputs.get(f"{kind}input_ids")
+    if ids is None:
+        return len(next(iter(inputs.values())))
+    return ids.numel() if mask is None else int(mask.sum())

@@ -5,17 +5,31 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .callback import DHACallback
+from .objective import Objective, healing_loss
 from .schedule import FusionSchedule, ScheduleOptions, ScheduleState
 
 if TYPE_CHECKING:
-    from .healing import DHATrainer, healing_loss
+    from .healing import DHATrainer, HealingOptions, Rates, heal
 
-__all__ = ["DHACallback", "DHATrainer", "FusionSchedule", "ScheduleOptions", "ScheduleState", "healing_loss"]
+_LATER = ("DHATrainer", "HealingOptions", "Rates", "heal")
+
+__all__ = [
+    "DHACallback",
+    "DHATrainer",
+    "FusionSchedule",
+    "HealingOptions",
+    "Objective",
+    "Rates",
+    "ScheduleOptions",
+    "ScheduleState",
+    "heal",
+    "healing_loss",
+]
 
 
 def __getattr__(name: str) -> Any:
     """transformers' Trainer imports `datasets` and with it pandas, half a second, so it waits until it is asked for."""
-    if name in ("DHATrainer", "healing_loss"):
+    if name in _LATER:
         from . import healing
 
         return getattr(healing, name)

@@ -1,4 +1,4 @@
-"""Healing: training with the base model itself as the teacher (ours; better than next-token training at every length measured).
+"""Healing: training with the base model itself as the teacher (ours), as a Trainer and as one function.
 
 In the adapter stage the teacher is the same weights with the adapter switched off, so there is no second copy. For a merged model the
 base is given as `teacher`.
@@ -6,49 +6,85 @@ base is given as `teacher`.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import tempfile
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from ..adapter.layer import DHALayer
+from ..models.families import family_of
+from .callback import DHACallback
+from .objective import Objective, check_head, healing_loss
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Learning rates of a merged model's parts, as shares of `TrainingArguments.learning_rate`; 0 freezes a part. Only the attention was
+    changed, and what else is moved by a few hundred noisy updates first gets worse (measured). Adapters always take the full rate."""
+
+    attention: float = 1.0
+    rest: float = 0.3
+    embeddings: float = 0.0
+
+
+@dataclass(frozen=True)
+class HealingOptions:
+    """What `DHATrainer` does beyond a Trainer. The weight `objective.hidden` falls linearly to 0 over the run."""
+
+    objective: Objective = field(default_factory=Objective)
+    rates: Rates = field(default_factory=Rates)
 
 
 class DHATrainer(Trainer):
-    """A Trainer whose loss is the KL divergence from the base model's next-token distribution.
+    """A Trainer whose loss is the distance from the base model.
 
     Args:
         teacher: the base model, for a merged student. None: the student is a `PeftModel`, and its base is the teacher.
-        next_token: share of the ordinary next-token loss in the objective, in [0, 1].
-        chunk: tokens whose logits exist at a time.
+        healing: the objective and the rates of the parts.
 
     Raises:
-        ValueError: no teacher for a model without adapters.
+        ValueError: no teacher for a model without adapters, or a model whose logits are not its head's output.
     """
 
     def __init__(
-        self, *args: Any, teacher: nn.Module | None = None, next_token: float = 0.0, chunk: int = 2048, **kwargs: Any
+        self, *args: Any, teacher: nn.Module | None = None, healing: HealingOptions | None = None, **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
         if teacher is None and not isinstance(self.model, PeftModel):
             raise ValueError("`teacher` is missing: a merged model needs its base model as the teacher; pass it.")
-        self.teacher, self.next_token, self.chunk = teacher, next_token, chunk
+        self.teacher, self.healing = teacher, healing or HealingOptions()
+        self._head_checked = False
         # The loss below is a mean over each micro-batch, so the Trainer has to divide by the accumulation steps.
         self.model_accepts_loss_kwargs = False
         if teacher is not None:
             teacher.requires_grad_(False).eval().to(self.args.device)
+            freeze_parts(self.model, self.healing.rates)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **_: Any
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        inner = self.accelerator.unwrap_model(model)
-        loss = healing_loss(
-            inner, inputs["input_ids"], inputs.get("attention_mask"), self.teacher, self.next_token, self.chunk
-        )
+        ids, objective = inputs["input_ids"], self.healing.objective
+        if not self._head_checked:
+            check_head(self.accelerator.unwrap_model(model), ids[:1, :8])
+            self._head_checked = True
+        progress = self.state.global_step / max(self.state.max_steps, 1)
+        objective = replace(objective, hidden=objective.hidden * (1 - progress))
+        loss = healing_loss(model, ids, inputs.get("attention_mask"), self.teacher, objective)
         return (loss, {"loss": loss.detach()}) if return_outputs else loss
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW as the arguments say, with the rates of the parts, unless an optimizer was given."""
+        if self.optimizer is None and self.teacher is not None:
+            groups = rate_groups(self.model, self.healing.rates, self.args.learning_rate)
+            optimizer, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = optimizer(groups, **{**options, "weight_decay": self.args.weight_decay})
+        return super().create_optimizer()
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
@@ -60,54 +96,109 @@ class DHATrainer(Trainer):
         return output.loss.detach(), None, None
 
 
-def healing_loss(
-    student: nn.Module,
-    input_ids: Tensor,
-    attention_mask: Tensor | None = None,
-    teacher: nn.Module | None = None,
-    next_token: float = 0.0,
-    chunk: int = 2048,
-) -> Tensor:
-    """Mean over tokens of `KL(teacher || student)`, mixed with `next_token` parts of the next-token loss. Logits `[chunk, V]` exist for
-    one chunk at a time, also in the backward pass. `input_ids`, `attention_mask`: `[B, T]`."""
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-    hidden, head = _hidden(student, inputs)
-    with torch.no_grad(), _as_teacher(student, teacher):
-        target, target_head = _hidden(student if teacher is None else teacher, inputs)
-    keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    labels = F.pad(input_ids[:, 1:].masked_fill(~keep[:, 1:], -100), (0, 1), value=-100)
-    rows = [tensor[keep] for tensor in (hidden, target, labels)]
-    total = hidden.new_zeros((), dtype=torch.float32)
-    for part in zip(*(tensor.split(chunk) for tensor in rows), strict=True):
-        total = total + checkpoint(_chunk_loss, *part, head, target_head, next_token, use_reentrant=False)
-    return total / keep.sum()
-
-
-def _chunk_loss(hidden: Tensor, target: Tensor, labels: Tensor, head, target_head, next_token: float) -> Tensor:
-    logits = F.log_softmax(head(hidden).float(), dim=-1)
-    with torch.no_grad():
-        wanted = F.log_softmax(target_head(target).float(), dim=-1)
-    loss = (1 - next_token) * F.kl_div(logits, wanted, reduction="sum", log_target=True)
-    if next_token:
-        loss = loss + next_token * F.nll_loss(logits, labels, ignore_index=-100, reduction="sum")
-    return loss
-
-
-def _hidden(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, nn.Module]:
-    """Last hidden states `[B, T, D]` and the module that turns them into logits."""
+def part_of(model: nn.Module) -> dict[nn.Parameter, str]:
+    """Which of `Rates` each parameter of a model belongs to."""
     causal = model.get_base_model() if isinstance(model, PeftModel) else model
-    _refuse_processed_logits(causal)
-    return causal.base_model(**inputs, use_cache=False)[0], causal.get_output_embeddings()
+    parts = dict.fromkeys(causal.parameters(), "rest")
+    for embedding in (causal.get_input_embeddings(), causal.get_output_embeddings()):
+        parts.update(dict.fromkeys(embedding.parameters() if embedding is not None else (), "embeddings"))
+    family = getattr(causal, "dha_family", None) or family_of(causal.config)
+    for block in family.blocks(causal.base_model):
+        parts.update(dict.fromkeys(block.module.parameters(), "attention"))
+    for module in causal.modules():
+        if isinstance(module, BaseTunerLayer):
+            adapter = [p for name, p in module.named_parameters() if not name.startswith("base_layer.")]
+            parts.update(dict.fromkeys(adapter, "attention"))
+    return parts
 
 
-def _refuse_processed_logits(model: nn.Module) -> None:
-    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(model.config, name, None) not in (None, 1, 1.0):
-            raise ValueError(
-                f"`config.{name}` changes this model's logits after its head, which the chunked KL does not do yet; "
-                "use the plain Trainer with DHACallback."
-            )
+def freeze_parts(model: nn.Module, rates: Rates) -> None:
+    """Freeze the parts whose rate is 0, which also saves their gradients."""
+    for parameter, part in part_of(model).items():
+        if not getattr(rates, part):
+            parameter.requires_grad_(False)
 
 
-def _as_teacher(student: nn.Module, teacher: nn.Module | None):
-    return student.disable_adapter() if teacher is None else nullcontext()
+def rate_groups(model: nn.Module, rates: Rates, learning_rate: float) -> list[dict[str, Any]]:
+    """Optimizer groups of the trainable parameters, one per part."""
+    parts = part_of(model)
+    groups = []
+    for part in ("attention", "rest", "embeddings"):
+        parameters = [p for p, name in parts.items() if name == part and p.requires_grad]
+        if parameters:
+            groups.append({"params": parameters, "lr": learning_rate * getattr(rates, part)})
+    return groups
+
+
+def heal(
+    student: nn.Module,
+    data: Tensor | Any,
+    teacher: nn.Module | None = None,
+    healing: HealingOptions | None = None,
+    batch_tokens: int | None = None,
+    progressive: bool = False,
+    callbacks: list[TrainerCallback] | None = None,
+    **arguments: Any,
+) -> DHATrainer:
+    """Train a converted model in place against its base, every row once, and return the trainer that did it.
+
+    Args:
+        student: a merged model, all of whose weights are trained at their `Rates`, or a `PeftModel`, whose adapters are.
+        data: rows of token ids `[N, T]`, or a dataset of rows with `input_ids`.
+        teacher: the base model; needed for a merged student.
+        batch_tokens: tokens of one update on one device, at least a row; 4096 for weights, 8192 for adapters. Small updates use few
+            tokens best (measured).
+        progressive: fuse the groups of a DHA adapter step by step by `DHACallback`. Otherwise they are tied first, so that all tokens
+            train the heads that will be kept.
+        arguments: any `TrainingArguments`. With an `output_dir` that holds a checkpoint the run goes on from there. Defaults: one epoch of AdamW, cosine to 2 %, learning rate 0.5 / hidden size for weights
+            (1e-3 at 512, 1.2e-4 at 4096) and 3e-3 for adapters, bfloat16 where the GPU has it, nothing saved or reported.
+
+    Raises:
+        ValueError: see `DHATrainer`; also data without a row.
+    """
+    rows = [{"input_ids": row} for row in data] if isinstance(data, Tensor) else data
+    if not len(rows):
+        raise ValueError("`data` has no row; give at least one row of token ids.")
+    batch_tokens = batch_tokens or (8192 if isinstance(student, PeftModel) else 4096)
+    batch = max(batch_tokens // len(rows[0]["input_ids"]), 1)
+    fusions = [
+        m.active_fusion() for m in student.modules() if isinstance(m, DHALayer) and m.active_fusion() is not None
+    ]
+    for fusion in () if progressive else fusions:
+        fusion.pull(0)
+    trainable = [p.requires_grad for p in student.parameters()]
+    callbacks = list(callbacks or []) + ([DHACallback()] if fusions else [])
+    with tempfile.TemporaryDirectory() as folder:
+        fields = default_arguments(student, len(rows) // batch) | {"per_device_train_batch_size": batch} | arguments
+        args = TrainingArguments(**{"output_dir": folder, **fields})
+        trainer = DHATrainer(student, args, train_dataset=rows, callbacks=callbacks, teacher=teacher, healing=healing)
+        trainer.train(resume_from_checkpoint=_has_checkpoint(args.output_dir))
+    for parameter, flag in zip(student.parameters(), trainable, strict=True):
+        parameter.requires_grad_(flag)
+    student.eval()
+    return trainer
+
+
+def default_arguments(student: nn.Module, updates: int) -> dict[str, Any]:
+    """`TrainingArguments` of `heal` for a run of about `updates` optimizer steps."""
+    adapter, device = isinstance(student, PeftModel), next(student.parameters()).device
+    return {
+        "num_train_epochs": 1,
+        "learning_rate": 3e-3 if adapter else 0.5 / student.config.get_text_config().hidden_size,
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {"min_lr_rate": 0.02},
+        "warmup_steps": updates // 10,
+        "adam_beta2": 0.95,
+        "weight_decay": 0.0,
+        "bf16": device.type == "cuda" and torch.cuda.is_bf16_supported(),
+        "use_cpu": device.type == "cpu",
+        "logging_steps": max(updates // 20, 1),
+        "save_strategy": "no",
+        "report_to": [],
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": device.type == "cuda",
+    }
+
+
+def _has_checkpoint(folder: str) -> bool:
+    return any(Path(folder).glob("checkpoint-*"))

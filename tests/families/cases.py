@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -36,13 +36,17 @@ class Case:
 
 
 MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-WIDE = {"head_dim": 16}
+WIDE, NARROW = {"head_dim": 16}, {"head_dim": HEAD_DIM}
 WINDOW = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
 
 
 def both(family: str, **fields: Any) -> tuple[Case, Case]:
     """One KV head per query head, and one for two of them."""
-    return Case(family, fields=fields), Case(family, "gqa", kv_heads=HEADS // 2, fields=fields)
+    return Case(family, fields=fields), gqa(family, **fields)
+
+
+def gqa(family: str, **fields: Any) -> Case:
+    return Case(family, "gqa", kv_heads=HEADS // 2, fields=fields)
 
 
 CASES: tuple[Case, ...] = (
@@ -67,6 +71,20 @@ CASES: tuple[Case, ...] = (
     Case("cohere", "norms", fields={"use_qk_norm": True}),
     *both("granite"),
     *both("smollm3", no_rope_layers=[1, 0]),
+    *both("cohere2", **WINDOW, logit_scale=1.0),
+    *both("glm", **NARROW),
+    gqa("glm4", **NARROW),
+    *both("glm4_moe", **NARROW, **MOE, n_routed_experts=4, n_group=1, topk_group=1, use_qk_norm=True),
+    gqa("ernie4_5", **NARROW),
+    gqa("exaone4", **WINDOW),
+    gqa("apertus"),
+    gqa("nemotron"),
+    gqa("granitemoe", **MOE),
+    gqa("seed_oss", **NARROW),
+    gqa("ministral", **NARROW, **WINDOW),
+    gqa("ministral3", **NARROW),
+    gqa("phimoe", **MOE),
+    *both("gpt_oss", **NARROW, **MOE, **WINDOW),
     *both("stablelm", use_qkv_bias=True),
     Case("stablelm", "norms", kv_heads=4, fields={"qk_layernorm": True}),
     *both("phi3", sliding_window=6),
@@ -76,6 +94,7 @@ CASES: tuple[Case, ...] = (
     Case("gpt2"),
     Case("gpt_bigcode", fields={"multi_query": False}),
     Case("opt", fields={"ffn_dim": 48, "word_embed_proj_dim": HEADS * HEAD_DIM}),
+    Case("biogpt"),
     Case("gptj", fields={"rotary_dim": 4}),
     Case("gpt_neo", fields={"attention_types": [[["global", "local"], 1]], "window_size": 6}),
     Case("codegen", fields={"rotary_dim": 4}),
@@ -84,7 +103,18 @@ CASES: tuple[Case, ...] = (
     Case("falcon", "new", fields={"new_decoder_architecture": True, "num_kv_heads": 4}),
     Case("falcon", "alibi", fields={"multi_query": False, "new_decoder_architecture": False, "alibi": True}),
     Case("mpt"),
+    Case("xglm"),
 )
+
+
+def _layout(case: Case) -> str:
+    """What a row has beyond the names of its family."""
+    row = replace(FAMILIES[case.family], model_type="", prefix="", folder="", names={})
+    return f"{row} {case.note} {case.kv_heads}"
+
+
+DISTINCT: tuple[Case, ...] = tuple({_layout(case): case for case in reversed(CASES)}.values())
+"""The first row of every layout, for tests in which families of one layout do not differ."""
 
 
 @cache

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -11,7 +18,10 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaMode
 from dha_peft import DHAConfig, convert, get_dha_model, register_family
 from dha_peft.models import FAMILIES
 
-from .cases import prompts
+from .cases import make_batches, prompts
+
+REPOSITORY = Path(__file__).parents[2]
+REMOTE = Path(__file__).with_name("remote_model")
 
 
 class OddConfig(LlamaConfig):
@@ -70,6 +80,47 @@ def test_a_registered_family_goes_the_whole_road(odd_family, tmp_path):
     register_family(ODD, layers="blocks")  # a notebook cell may run twice
 
 
+def docs_examples(path: Path) -> list[str]:
+    """The examples of "A model of remote code" in the docs, for a model in a local folder."""
+    section = (REPOSITORY / "docs/families.md").read_text().split("## A model of remote code")[1].split("\n## ")[0]
+    return [code.replace("path/or/id", str(path)) for code in re.findall(r"```py\n(.*?)```", section, re.DOTALL)]
+
+
+@torch.no_grad()
+def test_the_example_of_the_docs_runs_on_a_model_of_remote_code(tmp_path, monkeypatch):
+    from transformers import dynamic_module_utils
+
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "cache"))
+    monkeypatch.syspath_prepend(str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    base = AutoModelForCausalLM.from_config(
+        AutoConfig.from_pretrained(shutil.copytree(REMOTE, tmp_path / "code"), trust_remote_code=True),
+        trust_remote_code=True,
+    )
+    base.save_pretrained("tiny")
+    assert Path("tiny/modeling_tiny.py").is_file()
+    register, convert_and_save, load = docs_examples(tmp_path / "tiny")
+    names = {"calibration_batches": make_batches(1)}
+    try:
+        exec(register + convert_and_save, names)
+        adapted = get_dha_model(names["base"], DHAConfig(head_budget=0.5), make_batches(1))
+    finally:
+        FAMILIES.pop("tiny_remote")
+    torch.testing.assert_close(adapted(**prompts()).logits, base.eval()(**prompts()).logits, atol=1e-4, rtol=1e-4)
+    assert not list(Path("smaller").glob("*.py"))
+    torch.save((prompts()["input_ids"], names["smaller"](prompts()["input_ids"]).logits), "wanted.pt")
+
+    check = "import torch\nids, logits = torch.load('wanted.pt')\n"
+    check += "torch.testing.assert_close(smaller(ids).logits, logits)\nassert 'Dha' in type(smaller).__name__"
+    environment = os.environ | {
+        "HF_MODULES_CACHE": str(tmp_path / "other"),
+        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *sys.path]),
+    }
+    command = [sys.executable, "-c", register + load + check]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def test_unknown_architectures_say_what_was_looked_for():
     with pytest.raises(ValueError, match="`odd_llama`, which is no row.*register_family"):
         get_dha_model(odd_model(), DHAConfig())
@@ -78,6 +129,21 @@ def test_unknown_architectures_say_what_was_looked_for():
         convert(mamba, DHAConfig())
     with pytest.raises(ValueError, match="no `config.model_type`"):
         convert(nn.Linear(2, 2), DHAConfig())
+
+
+def test_two_kv_heads_become_one():
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = LlamaConfig(num_attention_heads=8, num_key_value_heads=2, initializer_range=0.3, **sizes)
+    base, inputs = LlamaForCausalLM(config).eval(), prompts()
+    adapted = get_dha_model(base, DHAConfig(head_budget=0.5), [inputs])
+    adapted.base_model.tie_groups()
+    tied = adapted(**inputs).logits
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(merged(**inputs).logits, tied, atol=1e-4, rtol=1e-4)
+    cache = merged(**inputs).past_key_values
+    assert {(layer.keys.shape[1], layer.values.shape[1]) for layer in cache.layers} == {(1, 1)}
+    with pytest.raises(ValueError, match="`head_budget` of 0.25"):
+        convert(base, DHAConfig(head_budget=0.25))
 
 
 def test_what_has_nothing_to_fuse_is_refused():

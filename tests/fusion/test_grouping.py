@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, product
 
 import pytest
 import torch
 
+from dha_peft.fusion import refinement
 from dha_peft.fusion.grouping import aligned_curve, contiguous_curve, partition_error, similarity_curve
 from dha_peft.fusion.heads import FrameLayout
 from dha_peft.fusion.moments import head_gram
 from dha_peft.fusion.problem import HeadProblem
+from dha_peft.fusion.refinement import refined_groups
 from dha_peft.fusion.similarity import aligned_similarity, cka_similarity, cosine_similarity
+from dha_peft.plan import contiguous_groups
 
 from .planted import DIM, LAYOUTS, planted_heads, randn, random_gauges, random_psd
 
@@ -127,3 +130,31 @@ def test_heads_of_real_size_in_single_precision(layout):
     assert (2, 5) in single.groups[6] and single.errors[6] < 1e-3 * single.errors[0]
     assert single.groups == double.groups
     assert single.errors == pytest.approx(double.errors, rel=1e-4, abs=1e-6 * double.errors[0])
+
+
+def test_refined_groups_are_what_no_single_change_improves(layout):
+    problem = make_problem(randn(7, DIM, SIZE), layout)
+    first = contiguous_groups(7, 3)
+    refined = refined_groups(first, problem)
+    assert sorted(h for g in refined for h in g) == list(range(7)) and len(refined) == 3
+    error = partition_error(refined, problem)
+    assert error < partition_error(first, problem)
+    for other in _neighbours(refined):
+        assert partition_error(other, problem) > error * (1 - 1e-4)
+
+
+def _neighbours(groups):
+    """All partitions that differ by one head moved, or by two that changed places."""
+    owner = [next(i for i, g in enumerate(groups) if h in g) for h in range(sum(map(len, groups)))]
+    for a, b in product(range(len(owner)), repeat=2):
+        for changed in ({a: owner[b]}, {a: owner[b], b: owner[a]}):
+            now = [changed.get(h, o) for h, o in enumerate(owner)]
+            if len(set(now)) == len(groups):
+                yield tuple(tuple(h for h, o in enumerate(now) if o == i) for i in range(len(groups)))
+
+
+def test_large_layers_keep_the_groups_of_the_search(monkeypatch):
+    problem = make_problem(randn(6, DIM, SIZE), FrameLayout.full(DIM))
+    monkeypatch.setattr(refinement, "MOST_ROWS", 5 * DIM)
+    groups = contiguous_groups(6, 2)
+    assert refined_groups(groups, problem) == groups

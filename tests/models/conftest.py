@@ -44,9 +44,7 @@ def make_base(model_type: str, auto: str = "AutoModelForCausalLM", **fields: obj
 @torch.no_grad()
 def tie(base: PreTrainedModel, plan: DHAPlan) -> PreTrainedModel:
     """Copy the first head of each group over the others, in place; random biases where there are biases."""
-    for attention, layer in zip(
-        family_of(base.config.model_type).attentions(base.base_model), plan.layers, strict=True
-    ):
+    for attention, layer in zip(family_of(base.config).attentions(base.base_model), plan.layers, strict=True):
         for linear, groups in ((attention.k_proj, layer.key_groups), (attention.v_proj, layer.value_groups)):
             if linear.bias is not None:
                 linear.bias.normal_()
@@ -60,9 +58,7 @@ def tie(base: PreTrainedModel, plan: DHAPlan) -> PreTrainedModel:
 def first_heads(base: PreTrainedModel, plan: DHAPlan) -> list[dict[str, Tensor]]:
     """Layer weights that keep the first head of every group."""
     out = []
-    for attention, layer in zip(
-        family_of(base.config.model_type).attentions(base.base_model), plan.layers, strict=True
-    ):
+    for attention, layer in zip(family_of(base.config).attentions(base.base_model), plan.layers, strict=True):
         weights = {}
         for name in "qkvo":
             linear = getattr(attention, f"{name}_proj")

@@ -166,7 +166,7 @@ def test_errors_say_what_to_do(make_pair):
     with pytest.raises(ValueError, match="already a merged"):
         build_merged(merged, RAGGED, weights)
     with pytest.raises(ValueError, match="supported types are .*llama, .*mistral.*register_family"):
-        build_merged(make_base("glm"), RAGGED, weights)
+        build_merged(make_base("helium"), RAGGED, weights)
     with pytest.raises(ValueError, match="groups 8 heads, but the base has 4"):
         build_merged(make_base("llama", num_key_value_heads=4), RAGGED, weights)
     with pytest.raises(ValueError, match="`k` of layer 0 has shape"):

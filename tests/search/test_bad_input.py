@@ -80,7 +80,7 @@ def test_latent_attention_and_unsupported_families(door):
         moe_intermediate_size=16,
         first_k_dense_replace=LAYERS,
     )
-    with pytest.raises(ValueError, match="deepseek_v3.*supported types are .*llama.*mistral.*qwen2"):
+    with pytest.raises(ValueError, match="deepseek_v3.*multi-head latent attention"):
         door(mla, DHAConfig(), make_batches())
     with pytest.raises(ValueError, match="`Linear` has no `config.model_type`"):
         door(nn.Linear(2, 2), DHAConfig(), make_batches())

@@ -1,0 +1,151 @@
+"""The healing objective: how far a converted model is from its base, in next-token distributions and in hidden states (ours).
+
+    loss = (1 - next_token) * KL(base || student) + next_token * cross-entropy + hidden * mean over layers of the relative squared error
+
+The KL says what matters, the hidden states say it in every layer: a few hundred thousand tokens then go as far as millions do by the KL
+alone. `DHATrainer` lets `hidden` fall to 0 over the run, as in the end only the distribution counts.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass(frozen=True)
+class Objective:
+    """`next_token`: share of the ordinary next-token loss, in [0, 1]. `hidden`: weight of the hidden states. `chunk`: tokens whose
+    logits exist at a time."""
+
+    next_token: float = 0.0
+    hidden: float = 10.0
+    chunk: int = 2048
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.next_token <= 1:
+            raise ValueError(f"`next_token` is {self.next_token}, but it is a share of the loss; choose one in [0, 1].")
+        if self.hidden < 0 or self.chunk < 1:
+            raise ValueError(
+                f"`hidden` is {self.hidden} and `chunk` {self.chunk}; choose a weight of at least 0 and at least 1 token."
+            )
+
+
+def healing_loss(
+    student: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    teacher: nn.Module | None = None,
+    objective: Objective | None = None,
+) -> Tensor:
+    """The objective, a mean over tokens; padding does not count. `input_ids`, `attention_mask`: `[B, T]`.
+
+    Args:
+        student: a causal language model, a `PeftModel` of one, or one of these wrapped for data-parallel training.
+        teacher: the base model; None for a `PeftModel`, whose own base is the teacher, without a second copy.
+        objective: weights of its parts.
+    """
+    objective = objective or Objective()
+    inputs = {"input_ids": input_ids} | ({} if attention_mask is None else {"attention_mask": attention_mask})
+    inner = student.module if hasattr(student, "module") else student
+    with torch.no_grad(), inner.disable_adapter() if teacher is None else nullcontext():
+        base = inner if teacher is None else teacher
+        targets = _states(base, base, inputs, objective.hidden > 0)
+    states = _states(student, inner, inputs, objective.hidden > 0)
+    keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    labels = F.pad(input_ids[:, 1:].masked_fill(~keep[:, 1:], -100), (0, 1), value=-100)
+    rows = [tensor[keep].split(objective.chunk) for tensor in (states[-1], targets[-1], labels)]
+    head, base_head = _causal(inner).get_output_embeddings(), _causal(base).get_output_embeddings()
+    parts = [
+        checkpoint(
+            _chunk_loss, *part, head, base_head, objective.next_token, use_reentrant=False, preserve_rng_state=False
+        )
+        for part in zip(*rows, strict=True)
+    ]
+    loss = torch.stack(parts).sum() / keep.sum()
+    if objective.hidden:
+        errors = [
+            relative_error(ours[keep], theirs[keep]) for ours, theirs in zip(states[1:], targets[1:], strict=True)
+        ]
+        loss = loss + objective.hidden * torch.stack(errors).mean()
+    return loss
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> Tensor:
+    """Squared error of hidden states `[N, D]` over the variance of the teacher's, a scalar."""
+    theirs = theirs.float()
+    return (ours.float() - theirs).square().mean() / (theirs - theirs.mean(0)).square().mean().clamp_min(1e-12)
+
+
+class Divergence(torch.autograd.Function):
+    """Summed `(1 - next_token) * KL + next_token * NLL` of logits `[N, V]`. Its gradient is the difference of two distributions, so
+    it is made at once, in the logits' own precision, and nothing else of size `[N, V]` is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, wanted: Tensor, labels: Tensor, next_token: float) -> Tensor:
+        ours = logits.log_softmax(-1, dtype=torch.float32)
+        theirs = wanted.log_softmax(-1, dtype=torch.float32)
+        labelled = (labels >= 0)[:, None] * next_token
+        at = labels.clamp_min(0)[:, None]
+        nll = -(ours.gather(1, at) * labelled).sum()
+        target = theirs.exp()
+        loss = (1 - next_token) * torch.linalg.vecdot(target, theirs.sub_(ours)).sum() + nll
+        if ctx.needs_input_grad[0]:
+            gradient = ours.exp_().mul_(1 - next_token + labelled).sub_(target.mul_(1 - next_token))
+            gradient.scatter_add_(1, at, -labelled.to(gradient.dtype).expand_as(at))
+            ctx.save_for_backward(gradient.to(logits.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * scale.to(gradient.dtype), None, None, None
+
+
+def _chunk_loss(hidden: Tensor, target: Tensor, labels: Tensor, head, target_head, next_token: float) -> Tensor:
+    with torch.no_grad():
+        wanted = target_head(target)
+    return Divergence.apply(head(hidden), wanted, labels, next_token)
+
+
+def _causal(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _states(model: nn.Module, inner: nn.Module, inputs: dict[str, Tensor], every: bool) -> tuple[Tensor, ...]:
+    """Hidden states `[B, T, D]` of every layer, or the last alone; the last is what the head reads.
+
+    `model` itself is called, so that a data-parallel wrapper sees its forward; its own logits are made for one token only.
+    """
+    causal, seen = _causal(inner), []
+    handle = causal.base_model.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    few = {"logits_to_keep": 1} if "logits_to_keep" in signature(causal.forward).parameters else {}
+    try:
+        model(**inputs, **few, use_cache=False, output_hidden_states=every)
+    finally:
+        handle.remove()
+    output = seen[-1]
+    return (*output.hidden_states[:-1], output[0]) if every else (output[0],)
+
+
+@torch.no_grad()
+def check_head(model: nn.Module, input_ids: Tensor) -> None:
+    """Raise ValueError for a model whose logits are not its head's output alone (soft-capping, logit scales): the chunked KL would
+    compare something else. `input_ids` `[1, T]`."""
+    causal, training = _causal(model), model.training
+    model.eval()
+    states = _states(model, model, {"input_ids": input_ids}, every=False)
+    expected = model(input_ids=input_ids, use_cache=False).logits
+    model.train(training)
+    if not torch.allclose(causal.get_output_embeddings()(states[-1]).float(), expected.float(), atol=1e-2, rtol=1e-2):
+        raise ValueError(
+            f"`{type(causal).__name__}` changes its logits after its head, which the chunked KL does not follow; "
+            "use the plain Trainer with next-token loss."
+        )

@@ -1,0 +1,178 @@
+"""Healing: the objective is exact, counts what it should, and moves what it should."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from adapter.tiny import VOCAB, make_base, make_batches, make_ids
+from torch import nn
+from transformers import TrainerCallback
+
+from dha_peft import DHAConfig, convert, get_dha_model
+from dha_peft.training import Objective, heal, healing_loss
+from dha_peft.training.objective import Divergence
+
+KL_ONLY = Objective(hidden=0)
+
+
+def make_rows(rows=32, length=12):
+    return torch.randint(2, VOCAB, (rows, length), generator=torch.Generator().manual_seed(5))
+
+
+def make_pair(model_type="llama"):
+    """A base and what it is at half of its heads."""
+    base = make_base(model_type)
+    return base, convert(base, DHAConfig(head_budget=0.5), make_batches())
+
+
+@pytest.mark.parametrize("next_token", [0.0, 0.3, 1.0])
+def test_divergence_and_its_gradient(next_token):
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = (torch.randn(7, 11, generator=generator).requires_grad_() for _ in range(2))
+    labels = torch.tensor([1, 2, -100, 4, 5, 0, 10])
+    logits, wanted = F.log_softmax(ours, -1), F.log_softmax(theirs, -1)
+    kl = F.kl_div(logits, wanted, reduction="sum", log_target=True)
+    nll = F.nll_loss(logits, labels, ignore_index=-100, reduction="sum")
+    expected = (1 - next_token) * kl + next_token * nll
+    loss = Divergence.apply(ours, theirs.detach(), labels, next_token)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, ours), torch.autograd.grad(expected, ours))
+
+
+def test_the_loss_is_that_of_whole_logits_whatever_the_chunk():
+    base, small = make_pair()
+    ids, scale = make_ids(), 10.0
+    ours, theirs = (m(input_ids=ids, output_hidden_states=True) for m in (small, base))
+    kl = F.kl_div(ours.logits.log_softmax(-1), theirs.logits.log_softmax(-1), reduction="sum", log_target=True)
+    errors = [
+        (a - b).pow(2).mean() / b.flatten(0, 1).var(0, correction=0).mean()
+        for a, b in zip(ours.hidden_states[1:], theirs.hidden_states[1:], strict=True)
+    ]
+    expected = kl / ids.numel() + scale * torch.stack(errors).mean()
+    for chunk in (1, 5, 1000):
+        loss = healing_loss(small, ids, teacher=base, objective=Objective(hidden=scale, chunk=chunk))
+        torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+    assert healing_loss(copy.deepcopy(base), ids, teacher=base).item() == pytest.approx(0, abs=1e-5)
+
+
+def test_padding_does_not_count():
+    base, small = make_pair()
+    ids = make_ids()[:1]
+    padded, mask = F.pad(ids, (0, 4), value=1), F.pad(torch.ones_like(ids), (0, 4))
+    for objective in (Objective(), Objective(next_token=0.5, hidden=0)):
+        alone = healing_loss(small, ids, teacher=base, objective=objective)
+        torch.testing.assert_close(healing_loss(small, padded, mask, base, objective), alone, rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapters_teacher_is_its_own_base():
+    base = make_base()
+    adapted = get_dha_model(make_base(), DHAConfig(head_budget=0.5, task_type="CAUSAL_LM"), make_batches())
+    adapted.base_model.tie_groups()
+    ids = make_ids()
+    own = healing_loss(adapted, ids)
+    torch.testing.assert_close(own, healing_loss(adapted, ids, teacher=base))
+    assert float(own) > 0.1
+
+
+def test_heal_moves_each_part_at_its_rate_and_brings_the_model_closer():
+    base, small = make_pair()
+    ids, before = make_rows(), {name: p.detach().clone() for name, p in small.named_parameters()}
+    start = float(healing_loss(small, ids, teacher=base, objective=KL_ONLY))
+    trainer = heal(small, ids.repeat(8, 1), base, batch_tokens=48, learning_rate=1e-3, disable_tqdm=True)
+    assert trainer.state.global_step == 64 and not small.training
+    assert float(healing_loss(small, ids, teacher=base, objective=KL_ONLY)) < 0.9 * start
+    moved = {name: float((p - before[name]).abs().max()) for name, p in small.named_parameters()}
+    assert all(p.requires_grad for p in small.parameters())
+    assert not any(change for name, change in moved.items() if "embed" in name or "lm_head" in name)
+    attention = max(change for name, change in moved.items() if "self_attn" in name)
+    rest = max(change for name, change in moved.items() if "mlp" in name)
+    assert 0 < rest < attention
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_heal_trains_an_adapter_and_ends_tied(progressive):
+    adapted = get_dha_model(make_base(), DHAConfig(head_budget=0.5, task_type="CAUSAL_LM"), make_batches())
+    base = {name: p.clone() for name, p in adapted.named_parameters() if "dha_" not in name}
+    trainer = heal(adapted, make_rows(), batch_tokens=24, progressive=progressive, disable_tqdm=True)
+    first = next(log for log in trainer.state.log_history if "dha/fusion_loss" in log)
+    assert (first["dha/fusion_loss"] > 0.1) == progressive
+    assert adapted.base_model.fusion_loss() < 1e-9
+    assert all(torch.equal(p, base[name]) for name, p in adapted.named_parameters() if name in base)
+    ids = make_ids()
+    before = adapted(input_ids=ids).logits
+    torch.testing.assert_close(adapted.merge_and_unload()(input_ids=ids).logits, before, atol=1e-4, rtol=1e-4)
+
+
+class StopAt(TrainerCallback):
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == 5:
+            raise KeyboardInterrupt
+
+
+def test_a_killed_and_resumed_run_equals_the_whole_run(tmp_path):
+    base, small = make_pair()
+    results = []
+    for cut in (False, True):
+        student, options = copy.deepcopy(small), {"batch_tokens": 48, "disable_tqdm": True, "save_steps": 2}
+        options |= {"output_dir": str(tmp_path / str(cut)), "save_strategy": "steps"}
+        if cut:
+            with pytest.raises(KeyboardInterrupt):
+                heal(copy.deepcopy(small), make_rows(), base, callbacks=[StopAt()], **options)
+        heal(student, make_rows(), base, **options)
+        results.append(student.state_dict())
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+def test_logits_that_are_changed_after_the_head_are_refused():
+    base = make_base()
+    student = copy.deepcopy(base)
+    forward = student.forward
+
+    def capped_forward(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        output.logits = 30 * (output.logits / 30).tanh()
+        return output
+
+    student.forward = capped_forward
+    with pytest.raises(ValueError, match="changes its logits after its head"):
+        heal(student, make_rows(), base, disable_tqdm=True)
+
+
+def test_bad_input():
+    base, small = make_pair()
+    with pytest.raises(ValueError, match="`teacher` is missing"):
+        heal(small, make_rows(), disable_tqdm=True)
+    with pytest.raises(ValueError, match="`data` has no row"):
+        heal(small, make_rows(0), base)
+    with pytest.raises(ValueError, match="`next_token` is 2"):
+        Objective(next_token=2)
+
+
+def _gradients(model: nn.Module, ids: torch.Tensor, base: nn.Module) -> list[torch.Tensor]:
+    model.zero_grad()
+    healing_loss(model, ids, teacher=base).backward()
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def _worker(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", f"file://{folder}/sync", rank=rank, world_size=2)
+    base, small = make_pair()
+    base.requires_grad_(False)
+    rows = make_rows(4)
+    whole = _gradients(small, rows, base)
+    wrapped = nn.parallel.DistributedDataParallel(small)
+    shared = _gradients(wrapped, rows[2 * rank : 2 * rank + 2], base)
+    # The relative error's denominator is the batch's own, so halves agree only nearly; other gradients differ by far more.
+    close = [torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0) for a, b in zip(whole, shared)]
+    torch.save((len(whole) == len(shared), min(map(float, close))), f"{folder}/{rank}")
+    torch.distributed.destroy_process_group()
+
+
+def test_data_parallel_processes_share_their_gradients(tmp_path):
+    torch.multiprocessing.spawn(_worker, (str(tmp_path),), nprocs=2)
+    for rank in range(2):
+        same, close = torch.load(tmp_path / str(rank))
+        assert same and close > 0.99
