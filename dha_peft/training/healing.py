@@ -20,7 +20,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from ..adapter.layer import DHALayer
 from ..models.families import family_of
 from .callback import DHACallback
-from .objective import Objective, check_head, healing_loss
+from .objective import Objective, cached_loss, check_head, healing_loss
+from .teacher_cache import CachedRows, TeacherCache
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class DHATrainer(Trainer):
     """A Trainer whose loss is the distance from the base model.
 
     Args:
-        teacher: the base model, for a merged student. None: the student is a `PeftModel`, and its base is the teacher.
+        teacher: the base model, for a merged student, or a `TeacherCache` of its answers, whose rows are then the training data and
+            which has no hidden states to compare with. None: the student is a `PeftModel`, and its base is the teacher.
         healing: the objective and the rates of the parts.
 
     Raises:
@@ -53,8 +55,14 @@ class DHATrainer(Trainer):
     """
 
     def __init__(
-        self, *args: Any, teacher: nn.Module | None = None, healing: HealingOptions | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        teacher: nn.Module | TeacherCache | None = None,
+        healing: HealingOptions | None = None,
+        **kwargs: Any,
     ) -> None:
+        if isinstance(teacher, TeacherCache) and kwargs.get("train_dataset") is None:
+            kwargs["train_dataset"] = CachedRows(teacher)
         super().__init__(*args, **kwargs)
         if teacher is None and not isinstance(self.model, PeftModel):
             raise ValueError("`teacher` is missing: a merged model needs its base model as the teacher; pass it.")
@@ -62,8 +70,9 @@ class DHATrainer(Trainer):
         self._head_checked = False
         # The loss below is a mean over each micro-batch, so the Trainer has to divide by the accumulation steps.
         self.model_accepts_loss_kwargs = False
-        if teacher is not None:
+        if isinstance(teacher, nn.Module):
             teacher.requires_grad_(False).eval().to(self.args.device)
+        if teacher is not None:
             freeze_parts(self.model, self.healing.rates)
 
     def compute_loss(
@@ -73,6 +82,9 @@ class DHATrainer(Trainer):
         if not self._head_checked:
             check_head(self.accelerator.unwrap_model(model), ids[:1, :8])
             self._head_checked = True
+        if isinstance(self.teacher, TeacherCache):
+            loss = cached_loss(model, inputs, objective)
+            return (loss, {"loss": loss.detach()}) if return_outputs else loss
         progress = self.state.global_step / max(self.state.max_steps, 1)
         objective = replace(objective, hidden=objective.hidden * (1 - progress))
         loss = healing_loss(model, ids, inputs.get("attention_mask"), self.teacher, objective)

@@ -19,6 +19,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .teacher_cache import topk_kl
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -60,7 +62,7 @@ def healing_loss(
         targets = _states(base, base, inputs, objective.hidden > 0)
     states = _states(student, inner, inputs, objective.hidden > 0)
     keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    labels = F.pad(input_ids[:, 1:].masked_fill(~keep[:, 1:], -100), (0, 1), value=-100)
+    labels = _next_tokens(input_ids, keep)
     rows = [tensor[keep].split(objective.chunk) for tensor in (states[-1], targets[-1], labels)]
     head, base_head = _causal(inner).get_output_embeddings(), _causal(base).get_output_embeddings()
     parts = [
@@ -76,6 +78,35 @@ def healing_loss(
         ]
         loss = loss + objective.hidden * torch.stack(errors).mean()
     return loss
+
+
+def cached_loss(student: nn.Module, batch: dict[str, Tensor], objective: Objective) -> Tensor:
+    """The same against the answers of a teacher that are on disk: rows of `CachedRows`, stacked. They hold no hidden states."""
+    inner = student.module if hasattr(student, "module") else student
+    ids, keep = batch["input_ids"], batch["attention_mask"].bool()
+    states = _states(student, inner, {"input_ids": ids, "attention_mask": batch["attention_mask"]}, every=False)
+    labels = _next_tokens(ids, keep)
+    columns = (states[-1], labels, batch["indices"], batch["log_probs"], batch["rest"])
+    rows = [tensor[keep].split(objective.chunk) for tensor in columns]
+    head = _causal(inner).get_output_embeddings()
+    parts = [
+        checkpoint(_cached_chunk, *part, head, objective.next_token, use_reentrant=False, preserve_rng_state=False)
+        for part in zip(*rows, strict=True)
+    ]
+    return torch.stack(parts).sum() / keep.sum()
+
+
+def _cached_chunk(hidden, labels, indices, log_probs, rest, head, next_token: float) -> Tensor:
+    logits = head(hidden).float()
+    loss = (1 - next_token) * topk_kl(logits, indices, log_probs, rest).sum()
+    if next_token:
+        loss = loss + next_token * F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
+    return loss
+
+
+def _next_tokens(input_ids: Tensor, keep: Tensor) -> Tensor:
+    """Labels `[B, T]`, -100 where there is none."""
+    return F.pad(input_ids[:, 1:].masked_fill(~keep[:, 1:], -100), (0, 1), value=-100)
 
 
 def relative_error(ours: Tensor, theirs: Tensor) -> Tensor:

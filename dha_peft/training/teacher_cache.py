@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 FORMAT = 1
 INDEX = "teacher_cache.json"
@@ -99,6 +100,38 @@ class TeacherCache:
             with safe_open(self.folder / _shard_name(number), "pt", device=self.device) as file:
                 for index in range(shard["batches"]):
                     yield {name: file.get_tensor(f"{index}.{name}").to(dtype) for name, dtype in FIELDS.items()}
+
+
+class CachedRows(Dataset):
+    """The rows of a cache as a map-style dataset, for a Trainer that draws its own batches: `input_ids` and `attention_mask` `[T]`,
+    `indices` and `log_probs` `[T, k]`, `rest` `[T]`. Only the row that is asked for is read."""
+
+    def __init__(self, cache: TeacherCache) -> None:
+        self.cache = cache
+        self._files: dict[int, Any] = {}
+        self._places = [
+            (number, index, row)
+            for number, shard in enumerate(cache.shards)
+            for index in range(shard["batches"])
+            for row in range(self._file(number).get_slice(f"{index}.input_ids").get_shape()[0])
+        ]
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, place: int) -> dict[str, Tensor]:
+        number, index, row = self._places[place]
+        file = self._file(number)
+        return {name: file.get_slice(f"{index}.{name}")[row].to(dtype) for name, dtype in FIELDS.items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Workers of a DataLoader open the files themselves."""
+        return {**self.__dict__, "_files": {}}
+
+    def _file(self, number: int) -> Any:
+        if number not in self._files:
+            self._files[number] = safe_open(self.cache.folder / _shard_name(number), "pt").__enter__()
+        return self._files[number]
 
 
 def topk_kl(student_logits: Tensor, indices: Tensor, log_probs: Tensor, rest: Tensor | None = None) -> Tensor:

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from adapter.tiny import VOCAB, make_base, make_batches, make_ids
 from torch import nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from dha_peft import DHAConfig, convert, get_dha_model
-from dha_peft.training import Objective, heal, healing_loss
-from dha_peft.training.objective import Divergence
+from dha_peft.training import DHATrainer, Objective, heal, healing_loss
+from dha_peft.training.objective import Divergence, cached_loss
+from dha_peft.training.teacher_cache import CachedRows, write_teacher_cache
 
 KL_ONLY = Objective(hidden=0)
 
@@ -124,6 +125,25 @@ def test_a_killed_and_resumed_run_equals_the_whole_run(tmp_path):
         heal(student, make_rows(), base, **options)
         results.append(student.state_dict())
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+def test_a_cached_teacher_heals_like_the_teacher_itself(tmp_path):
+    base, small = make_pair()
+    ids, mask = make_rows(8), torch.ones(8, 12, dtype=torch.long)
+    mask[3, 7:] = 0
+    batches = [{"input_ids": i, "attention_mask": m} for i, m in zip(ids.split(3), mask.split(3), strict=True)]
+    cache = write_teacher_cache(base, batches, tmp_path / "cache", k=VOCAB, dtype=torch.float32)
+    rows = CachedRows(cache)
+    batch = torch.utils.data.default_collate([rows[place] for place in range(len(rows))])
+    objective = Objective(hidden=0, next_token=0.2, chunk=5)
+    expected = healing_loss(small, ids, mask, base, objective)
+    torch.testing.assert_close(cached_loss(small, batch, objective), expected, rtol=1e-4, atol=1e-5)
+    arguments = TrainingArguments(
+        str(tmp_path / "run"), max_steps=40, learning_rate=3e-3, use_cpu=True, report_to=[], save_strategy="no",
+        remove_unused_columns=False, disable_tqdm=True,
+    )  # fmt: skip
+    DHATrainer(small, arguments, teacher=cache).train()
+    assert healing_loss(small, ids, mask, base, objective).item() < 0.9 * expected.item()
 
 
 def test_logits_that_are_changed_after_the_head_are_refused():
