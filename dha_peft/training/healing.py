@@ -92,7 +92,7 @@ class DHATrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW as the arguments say, with the rates of the parts, unless an optimizer was given."""
-        if self.optimizer is None and self.teacher is not None:
+        if self.teacher is not None and self.optimizer is None:  # type: ignore[has-type]
             groups = rate_groups(self.model, self.healing.rates, self.args.learning_rate)
             optimizer, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer = optimizer(groups, **{**options, "weight_decay": self.args.weight_decay})
