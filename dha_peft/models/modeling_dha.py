@@ -123,23 +123,14 @@ def _with_step(forward: Callable[..., Any]) -> Callable[..., Any]:
     return with_step
 
 
-def add_models(family: Family) -> dict[str, type]:
-    """Make and keep the model classes of one family."""
-    classes = MODELS.keep(family, _classes(family))
-    globals().update({cls.__name__: cls for cls in classes.values()})
-    return classes
-
-
-MODELS = ClassTable(add_models, before=CONFIGS)
+MODELS = ClassTable(_classes)
 """Merged model type -> Auto class name -> merged class."""
 
 
 def __getattr__(name: str) -> Any:
+    """The classes by name, as `from ... import`, pickle and remote code ask for them."""
     for family in FAMILIES.values():
-        if (
-            name in {f"Dha{family.prefix}{ending}" for ending in (*TASKS.values(), SEQ2SEQ)}
-            and family.merged_type in MODELS
-        ):
+        if name in _names(family) and family.available():
             for cls in MODELS[family.merged_type].values():
                 if cls.__name__ == name:
                     return cls
@@ -147,4 +138,9 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *(cls.__name__ for classes in MODELS.values() for cls in classes.values())})
+    return sorted({*globals(), *(name for family in FAMILIES.values() for name in _names(family))})
+
+
+def _names(family: Family) -> set[str]:
+    """What the classes of a family may be called, without a look at transformers' modelling file."""
+    return {f"Dha{family.prefix}{ending}" for ending in (*TASKS.values(), SEQ2SEQ)}
