@@ -58,7 +58,7 @@ def evaluate(
             pair = " -> ".join(_shown(row[side]) for side in ("base", "result"))
             note(f"  {row['task']:28s} {row['metric']:12s} {pair}")
     write_facts(result, facts, run.report)
-    note(f"Wrote the figures into {result / 'README.md'}")
+    note(f"Wrote the figures into {result}")
 
 
 def _losses(run: Run, models: dict[str, Any]) -> dict[str, float]:

@@ -59,8 +59,10 @@ def write_facts(folder: Path, facts: dict[str, Any], report: bool = True) -> Non
     """Write the facts, and from them the card and the report, anew."""
     write_text(folder / RESULTS, json.dumps(facts, indent=1) + "\n")
     run = folder / "run.yaml"
-    if "plan" in facts:  # a sweep has no model of its own
-        write_card(folder, facts, run.read_text(encoding="utf-8") if run.is_file() else None)
+    text = run.read_text(encoding="utf-8") if run.is_file() else None
+    # A sweep has no model of its own, and so no plan and no card.
+    if "plan" in facts and not write_card(folder, facts, text):
+        note(f"{folder / 'README.md'} was edited by hand and stays as it is; the figures are in {RESULTS}.")
     if report:
         try:
             from ..report import write_report

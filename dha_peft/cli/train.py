@@ -13,13 +13,13 @@ import torch
 import typer
 from peft import PeftModel
 from torch import nn
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..conversion import convert, get_dha_model
 from ..plan import DHAPlan
 from ..texts import evaluate_loss
-from ..training import DHACallback, DHATrainer
+from ..training import DHACallback
 from . import options as o
 from .console import note
 from .convert import finish, measured_cache, start_banner
@@ -157,6 +157,10 @@ def heal(run: Run, folder: Path, small: nn.Module, rows: list) -> None:
 
 
 def _train(run, model, rows, folder, steps, rate, extra, teacher, callbacks):
+    from transformers import Trainer  # brings datasets and pandas, which the other commands need not wait for
+
+    from ..training import DHATrainer
+
     arguments = training_arguments(run, folder, steps, rate, extra)
     options = {"model": model, "args": arguments, "train_dataset": rows, "callbacks": callbacks}
     trainer = DHATrainer(**options, teacher=teacher) if run.train.objective == "base" else Trainer(**options)

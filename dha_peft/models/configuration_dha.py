@@ -21,6 +21,7 @@ class DhaConfigMixin:
         num_key_heads: key heads of each layer; follows from `key_head_map` if not given.
         num_value_heads: value heads of each layer; follows from `value_head_map` if not given.
         dha_plan: the plan that the model was collapsed by (`DHAPlan.to_dict()`), kept as a record.
+        dha_base: name of the base model (the last part of a local path), for the model card.
 
     Without maps the config describes its family's own layout (`num_key_value_heads` heads of each kind).
     `num_key_value_heads` is the largest count in any layer (what a cache with one count for all has to hold); where
@@ -40,6 +41,7 @@ class DhaConfigMixin:
         num_key_heads: list[int] | None = None,
         num_value_heads: list[int] | None = None,
         dha_plan: dict[str, Any] | None = None,
+        dha_base: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__post_init__(**kwargs)
@@ -49,7 +51,7 @@ class DhaConfigMixin:
         self.num_value_heads = _counts("num_value_heads", num_value_heads, self.value_head_map)
         if "num_key_value_heads" not in self.attribute_map:
             self.num_key_value_heads = max(self.num_key_heads + self.num_value_heads)
-        self.dha_plan = dha_plan
+        self.dha_plan, self.dha_base = dha_plan, dha_base
         if self.dha_family.ships:
             self.auto_map = auto_map(self.dha_family)
         self.base_model_tp_plan = _replicated_attention(self.dha_family, self.base_model_tp_plan)

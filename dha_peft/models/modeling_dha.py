@@ -41,6 +41,19 @@ def _inner_class(base: type) -> type:
     return type(f"Dha{base.__name__}", (DhaInit, base), {"__module__": __name__})
 
 
+CardWriter = Callable[[PreTrainedModel, str], None]
+_write_card: CardWriter | None = None
+
+
+def set_card_writer(writer: CardWriter | None) -> None:
+    """Plug in what writes a model card: `writer(model, folder)`, after a model is saved and before one is uploaded.
+
+    Without the package, in remote code, there is none.
+    """
+    global _write_card
+    _write_card = writer
+
+
 class DhaMixin(DhaInit):
     """Builds the family's model and turns its attention modules into merged ones."""
 
@@ -69,6 +82,18 @@ class DhaMixin(DhaInit):
         for module in self.modules():
             if isinstance(module, PreTrainedModel) and not isinstance(module, DhaInit):
                 module.__class__ = _inner_class(type(module))
+
+    def save_pretrained(self, save_directory: Any, is_main_process: bool = True, **kwargs: Any) -> None:
+        """transformers' own, and a model card beside the weights where there is none."""
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if _write_card and is_main_process:
+            _write_card(self, save_directory)
+
+    def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        """The last step of `push_to_hub`, when transformers has put an empty card into the folder."""
+        if _write_card:
+            _write_card(self, working_dir)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     def fuse_projections(self) -> int:
         """For decoding: multiply the projections of one input (q, k and v; gate and up) at once. In place, at no memory.

@@ -86,17 +86,8 @@ def test_export_changes_the_dtype_and_merges_adapters(dha, result, tmp_path):
     assert status == 1 and "neither" in err
 
 
-def test_push_lists_and_uploads(dha, result, monkeypatch):
-    from huggingface_hub import HfApi
-
+def test_push_lists_what_it_would_upload(dha, result):
     status, out, _ = dha("push", result, "me/small", "--dry-run")
     assert status == 0 and "model.safetensors" in out and "nothing was uploaded" in out
-    calls = []
-    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo, **k: calls.append(("create", repo, k["private"])))
-    monkeypatch.setattr(
-        HfApi, "upload_folder", lambda self, **k: calls.append(("upload", k["repo_id"], k["folder_path"]))
-    )
-    assert dha("push", result, "me/small", "--private")[0] == 0
-    assert calls == [("create", "me/small", True), ("upload", "me/small", result)]
     status, _, err = dha("push", result, "not a repo")
     assert status == 1 and "repo" in err.lower()

@@ -1,0 +1,71 @@
+"""Uploads to a stand-in of the hub: which files arrive, and which card."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import yaml
+
+from .hub_stand_in import running
+
+CODE = {
+    "modeling_dha.py", "configuration_dha.py", "attention.py", "cache_view.py", "core.py", "decode.py", "families.py", "family.py",
+    "fused.py", "maps.py", "norms.py", "packing.py",
+}  # fmt: skip
+
+
+@pytest.fixture
+def hub():
+    with running() as server:
+        yield server
+
+
+def talk(hub, tmp_path, *arguments: str):
+    """A process of its own, as huggingface_hub reads its endpoint when it is imported."""
+    names = {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_none", "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    names |= {"HF_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, env=os.environ | names, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def front_matter(card: bytes) -> dict:
+    return yaml.safe_load(card.decode().split("---")[1])
+
+
+def test_push_to_hub_of_a_merged_model(hub, result, tmp_path):
+    code = f"""
+        import dha_peft
+        from transformers import AutoModelForCausalLM
+        model = AutoModelForCausalLM.from_pretrained({str(result)!r})
+        model.push_to_hub("me/small", private=True)
+        model.push_to_hub("me/theirs")
+    """
+    hub.repos["me/theirs"] = {"README.md": b"---\nlicense: mit\n---\n# My own words\n"}
+    talk(hub, tmp_path, "-c", textwrap.dedent(code))
+    files = hub.repos["me/small"]
+    assert set(files) == {"README.md", "config.json", "generation_config.json", "model.safetensors", *CODE}
+    (first, *_) = hub.created
+    assert first["name"] == "small"
+    assert first.get("visibility") == "private" or first["private"]  # newer clients, older clients
+    assert files["model.safetensors"] == (result / "model.safetensors").read_bytes()
+    assert "AutoModelForCausalLM" in json.loads(files["config.json"])["auto_map"]
+    front = front_matter(files["README.md"])
+    assert front["base_model"] == "demo_model" and {"dha", "peft"} <= set(front["tags"])
+    assert b"6,144 -> 1,536 bytes per token" in files["README.md"]
+    assert b"# My own words" in hub.repos["me/theirs"]["README.md"]
+
+
+def test_dha_push_uploads_the_whole_result(hub, result, tmp_path):
+    out = talk(hub, tmp_path, "-m", "dha_peft.cli", "push", str(result), "me/whole", "--private")
+    assert f"Uploaded to {hub.url}/me/whole" in out
+    files = hub.repos["me/whole"]
+    wanted = {"README.md", "model.safetensors", "tokenizer.json", "report.html", "results.json", "run.yaml", *CODE}
+    assert wanted <= set(files) and "figures/budgets.png" in files
+    assert all(files[name] == (result / name).read_bytes() for name in files)
