@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..evaluation import evaluate_tasks
 from ..texts import evaluate_loss
 from . import options as o
 from .console import banner, lines, note
@@ -83,28 +84,20 @@ def score_table(run: Run, models: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _lm_eval(run: Run, model: Any) -> dict[str, dict[str, list[float | None]]]:
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise ImportError("`--tasks` needs lm-eval; `pip install 'dha_peft[eval]'`.") from error
     options = run.eval
-    wrapped = HFLM(pretrained=model, tokenizer=load_tokenizer(run.model), batch_size=options.batch_size)
-    found = simple_evaluate(
-        wrapped, tasks=list(options.tasks), num_fewshot=options.num_fewshot, limit=run.limit,
-        task_manager=TaskManager(include_path=options.include_path), bootstrap_iters=1000,
+    found = evaluate_tasks(
+        model, options.tasks, load_tokenizer(run.model), options.include_path, run.limit, options.num_fewshot, options.batch_size
     )  # fmt: skip
-    return {task: _metrics(values) for task, values in found["results"].items()}
+    return {task: _with_errors(numbers) for task, numbers in found.items()}
 
 
-def _metrics(values: dict[str, Any]) -> dict[str, list[float | None]]:
-    found: dict[str, list[float | None]] = {}
-    for key, value in values.items():
-        name, _, rest = key.partition(",")
-        if isinstance(value, (int, float)) and rest and not name.endswith("_stderr"):
-            error = values.get(f"{name}_stderr,{rest}")
-            found[name] = [float(value), float(error) if isinstance(error, (int, float)) else None]
+def _with_errors(numbers: dict[str, float]) -> dict[str, list[float | None]]:
+    """Every metric as `[value, standard error]`; with several filters the names are `metric,filter` and `metric_stderr,filter`."""
+    found = {}
+    for name, value in numbers.items():
+        metric, comma, rest = name.partition(",")
+        if not metric.endswith("_stderr"):
+            found[name] = [value, numbers.get(f"{metric}_stderr{comma}{rest}")]
     return found
 
 

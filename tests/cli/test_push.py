@@ -6,13 +6,14 @@ import json
 import os
 import subprocess
 import sys
-import textwrap
+from pathlib import Path
 
 import pytest
 import yaml
 
 from .hub_stand_in import running
 
+EXAMPLE = Path(__file__).parents[2] / "examples" / "push_to_hub.py"
 CODE = {
     "modeling_dha.py", "configuration_dha.py", "attention.py", "cache_view.py", "core.py", "decode.py", "families.py", "family.py",
     "fused.py", "maps.py", "norms.py", "packing.py",
@@ -39,22 +40,17 @@ def front_matter(card: bytes) -> dict:
     return yaml.safe_load(card.decode().split("---")[1])
 
 
-def test_push_to_hub_of_a_merged_model(hub, result, tmp_path):
-    code = f"""
-        import dha_peft
-        from transformers import AutoModelForCausalLM
-        model = AutoModelForCausalLM.from_pretrained({str(result)!r})
-        model.push_to_hub("me/small", private=True)
-        model.push_to_hub("me/theirs")
-    """
+def test_the_example_pushes_model_and_tokenizer(hub, tmp_path):
     hub.repos["me/theirs"] = {"README.md": b"---\nlicense: mit\n---\n# My own words\n"}
-    talk(hub, tmp_path, "-c", textwrap.dedent(code))
+    for repo in ("me/small", "me/theirs"):
+        talk(hub, tmp_path, str(EXAMPLE), "--repo", repo, "--private", "--tokens", "2048")
     files = hub.repos["me/small"]
-    assert set(files) == {"README.md", "config.json", "generation_config.json", "model.safetensors", *CODE}
+    wanted = {"README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
+    assert set(files) == wanted | {"tokenizer_config.json"} | CODE
+    assert b"dha_peft" not in b"".join(line for name in CODE for line in files[name].splitlines() if b"import" in line)
     (first, *_) = hub.created
     assert first["name"] == "small"
     assert first.get("visibility") == "private" or first["private"]  # newer clients, older clients
-    assert files["model.safetensors"] == (result / "model.safetensors").read_bytes()
     assert "AutoModelForCausalLM" in json.loads(files["config.json"])["auto_map"]
     front = front_matter(files["README.md"])
     assert front["base_model"] == "demo_model" and {"dha", "peft"} <= set(front["tags"])
