@@ -21,7 +21,9 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     text = "\n".join(output.get("text", "") for cell in cells for output in cell.outputs)
     assert sum("image/png" in output.get("data", {}) for cell in cells for output in cell.outputs) == 2
-    base, pooled, ours = (float(re.search(rf"^{name} +(\d+\.\d+)", text, re.M)[1]) for name in ("base", "averaged.*?", "dha, .*?"))
+    base, pooled, ours = (
+        float(re.search(rf"^{name} +(\d+\.\d+)", text, re.M)[1]) for name in ("base", "averaged.*?", "dha, .*?")
+    )
     before, after = map(float, re.search(r"collapse ([\d.]+), after it ([\d.]+)", text).groups())
     assert base < after < ours < pooled and abs(after - before) < 1e-3
     sizes = [int(size.replace(",", "")) for size in re.findall(r"([\d,]+) bytes of cache", text)]
