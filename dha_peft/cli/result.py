@@ -69,7 +69,7 @@ def write_facts(folder: Path, facts: dict[str, Any], report: bool = True) -> Non
         except ImportError:
             note("no report: it needs matplotlib and jinja2; `pip install 'dha_peft[report]'`.")
             return
-        write_report(folder, facts)
+        write_report(folder, facts, text)
 
 
 def copy_config(config: Path | None, folder: Path) -> None:
