@@ -50,6 +50,11 @@ def evaluate_tasks(
     return {task: _numbers(metrics) for task, metrics in results["results"].items()}
 
 
+def check_tasks(tasks: Sequence[str], include_path: str | Path | None = None) -> None:
+    """Raise what `evaluate_tasks` would raise about its tasks, before any model is loaded."""
+    _manager(include_path, tasks)
+
+
 def _manager(include_path: str | Path | None, tasks: Sequence[str]) -> tuple[Any, Any]:
     """lm-eval and its list of tasks; its own thousands are only searched for tasks that `include_path` lacks."""
     try:

@@ -6,11 +6,11 @@ from typing import Annotated, Any
 
 import typer
 
-from ..evaluation import evaluate_tasks
+from ..evaluation import check_tasks, evaluate_tasks
 from ..texts import evaluate_loss
 from . import options as o
 from .console import banner, lines, note
-from .loading import check_files, load_config, load_model, load_tokenizer, validation_tokens
+from .loading import check_files, held_out, load_config, load_model, load_tokenizer, validation_tokens
 from .result import read_facts, write_facts
 from .settings import Run, load_run
 
@@ -46,13 +46,18 @@ def evaluate(
     load_config(run.model)
     if not run.eval.tasks and not run.validation.files:
         raise ValueError("there is nothing to evaluate; pass `--tasks NAME,...` for lm-eval or `--validation FILE`.")
+    if run.eval.tasks:
+        check_tasks(run.eval.tasks, run.eval.include_path)
     banner("eval", {"base": run.model, "result": result, "tasks": ", ".join(run.eval.tasks), "limit": limit})
     if dry_run:
         return
     models = {"base": load_model(run.model, run), "result": load_model(str(result), run)}
     if run.validation.files:
-        facts["losses"] = _losses(run, models)
-        lines({f"loss, {name}": f"{loss:.4f} nats/token" for name, loss in facts["losses"].items()})
+        found, text = _losses(run, models), held_out(run)
+        # Figures of other models stay only where they are of the same text.
+        facts["losses"] = (facts.get("losses", {}) if facts.get("held_out") == text else {}) | found
+        facts["held_out"] = text
+        lines({f"loss, {name}": f"{loss:.4f} nats/token" for name, loss in found.items()})
     if run.eval.tasks:
         facts["scores"], facts["scores_limit"] = score_table(run, models), limit
         for row in facts["scores"]:

@@ -133,13 +133,19 @@ def validation_tokens(run: Run, tokenizer: Any) -> torch.Tensor | None:
     part = run.validation
     if not part.files:
         return None
-    tokens = part.tokens if run.limit is None else min(part.tokens, run.limit * part.length)
-    ids = text_tokens(tokenizer, part.files, tokens + 1)
+    ids = text_tokens(tokenizer, part.files, held_out(run)["tokens"] + 1)
     if len(ids) <= part.length:
         raise ValueError(
             f"the validation text has {len(ids)} tokens, less than one window of {part.length}; give more."
         )
     return ids
+
+
+def held_out(run: Run) -> dict[str, Any]:
+    """Which text losses are measured on: two losses compare only where this is equal."""
+    part = run.validation
+    tokens = part.tokens if run.limit is None else min(part.tokens, run.limit * part.length)
+    return {"files": [Path(file).name for file in part.files], "tokens": tokens, "length": part.length}
 
 
 def check_files(run: Run) -> None:

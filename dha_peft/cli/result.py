@@ -12,6 +12,7 @@ from ..card import write_card
 from ..plan import DHAPlan
 from .console import note
 from .env import versions
+from .loading import held_out
 from .output import write_text
 from .settings import Run
 
@@ -31,6 +32,7 @@ def facts_of(run: Run, base: nn.Module, plan: DHAPlan) -> dict[str, Any]:
         "kv_bytes": {"before": before, "after": after},
         "plan": plan.to_dict(),
         "losses": {},
+        "held_out": held_out(run),
         "versions": versions(),
     }
 

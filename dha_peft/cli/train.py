@@ -18,11 +18,12 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..conversion import convert, get_dha_model
 from ..plan import DHAPlan
+from ..search import Analysis, analyse
 from ..texts import evaluate_loss
 from ..training import DHACallback
 from . import options as o
 from .console import note
-from .convert import finish, measured_cache, start_banner
+from .convert import finish, mean_pooled, measured_cache, start_banner
 from .loading import (
     calibration_batches,
     check_files,
@@ -32,6 +33,7 @@ from .loading import (
     training_rows,
     validation_tokens,
 )
+from .measure import head_similarity
 from .output import check_free, new_folder, write_text
 from .plan import show_plan
 from .result import copy_config, facts_of, save_result
@@ -99,7 +101,7 @@ def run_train(run: Run, source: Path | None = None, resume: bool = False) -> Pat
         small = (
             fused(run, folder, base, batches, rows, facts, ids)
             if run.train.steps
-            else convert(base, run.config(), batches)
+            else convert(base, run.config(), batches, references(run, base, batches, facts, ids))
         )
         _measure(facts, "after the collapse" if run.train.steps else "closed form", small, ids, run)
         if run.train.heal_steps:
@@ -133,17 +135,35 @@ def fused(
     done = folder / "adapter"
     if (done / "log.json").is_file():
         adapted: Any = PeftModel.from_pretrained(base, done)
-        facts["fusion"] = json.loads((done / "log.json").read_text())
+        facts |= json.loads((done / "log.json").read_text())
     else:
-        adapted = get_dha_model(base, run.config(), batches)
+        analysis = references(run, base, batches, facts, ids)
+        adapted = get_dha_model(base, run.config(), batches, analysis=analysis)
         trainer = _train(
             run, adapted, rows, folder / "fusion", run.train.steps, run.train.learning_rate, {}, None, [DHACallback()]
         )
         facts["fusion"] = [log for log in trainer.state.log_history if "dha/fusion_loss" in log and "loss" not in log]
         adapted.save_pretrained(done)
-        write_text(done / "log.json", json.dumps(facts["fusion"]))
+        write_text(done / "log.json", json.dumps(facts))
     _measure(facts, "after fusion, before the collapse", adapted, ids, run)
     return adapted.eval().merge_and_unload()
+
+
+def references(
+    run: Run, base: nn.Module, batches: list | None, facts: dict[str, Any], ids: torch.Tensor | None
+) -> Analysis | None:
+    """The analysis that fusion starts from, and from it what the report compares with: head similarity and mean-pooled GQA.
+
+    None where training itself finds the groups, or where the run names them.
+    """
+    config = run.config()
+    if config.grouping == "learned" or config.plan is not None:
+        return None
+    analysis = analyse(base, batches, config.grouping)
+    facts["similarity"] = head_similarity(analysis)
+    if ids is not None:
+        _measure(facts, "mean-pooled GQA, no training", mean_pooled(base, run, analysis), ids, run)
+    return analysis
 
 
 def heal(run: Run, folder: Path, small: nn.Module, rows: list) -> None:

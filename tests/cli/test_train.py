@@ -34,8 +34,17 @@ def test_fusion_and_healing_write_a_result(dha, tmp_path):
     status, text, err = dha(*arguments)
     assert status == 0, err
     facts = json.loads((out / "results.json").read_text())
-    names = ["base", "after fusion, before the collapse", "after the collapse", "after healing"]
+    names = [
+        "base",
+        "mean-pooled GQA, no training",
+        "after fusion, before the collapse",
+        "after the collapse",
+        "after healing",
+    ]
     assert list(facts["losses"]) == names and len(facts["fusion"]) == 4 and facts["training_tokens"] == 6 * 8 * 64
+    assert {(row["layer"], row["kind"]) for row in facts["similarity"]} == {
+        (i, k) for i in (0, 5) for k in ("key", "value")
+    }
     assert facts["losses"]["after healing"] < facts["losses"]["after the collapse"]
     assert type(AutoModelForCausalLM.from_pretrained(out)).__name__ == "DhaLlamaForCausalLM"
     assert PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(DEMO), out / "adapter")
