@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable
 
+import torch
 import typer
 from transformers.utils import logging as transformers_logging
 
@@ -51,6 +52,10 @@ def main(arguments: list[str] | None = None) -> None:
         app(args=arguments)
     except (ValueError, TypeError, OSError, ImportError) as error:
         console.error(" ".join(str(error).split()))
+        sys.exit(1)
+    except torch.OutOfMemoryError as error:
+        reason = str(error).split("\n")[0].split(". ")[0]
+        console.error(f"{reason}; `dha plan` says what a conversion takes, and --device cpu works in main memory.")
         sys.exit(1)
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .loading import device_of, dtype_of
 from .settings import Run, load_run, parse_assignment
 
 Model = Annotated[str | None, typer.Argument(help="Local folder or hub id of the base model.", show_default=False)]
@@ -42,5 +43,8 @@ def make_run(
     if "output" in overrides:
         overrides["output"] = str(overrides["output"])
     run = load_run(config, overrides)
-    run.config()  # its checks come before any long work
+    # Checks come before any long work.
+    run.config()
+    device_of(run)
+    dtype_of(run)
     return run

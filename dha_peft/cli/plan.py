@@ -56,6 +56,8 @@ def plan(
 def show_plan(run: Run, search: bool = False, memory: str | None = None, context: int = 4096) -> DHAPlan:
     """Print the plan of a run; see `plan`."""
     check_files(run)
+    if context < 1:
+        raise ValueError(f"`--context` is {context}; give at least one token per sequence.")
     room = parse_size(memory) if memory else None
     config = load_config(run.model)
     model = skeleton(config)

@@ -85,6 +85,13 @@ def check_run(run: Run, resume: bool = False) -> None:
         )
     if not (part.files or run.calibration.files):
         raise ValueError("there is no text to train on; pass `--text FILE`, or set `train.files` in the run file.")
+    _check_arguments(run)
+
+
+def _check_arguments(run: Run) -> None:
+    """Raise what transformers raises about its arguments, before any model is loaded."""
+    for extra in ({}, run.train.heal_arguments):
+        training_arguments(run, Path("unused"), 1, 0.0, extra)
 
 
 def run_train(run: Run, source: Path | None = None, resume: bool = False) -> Path:

@@ -58,6 +58,16 @@ def test_the_example_pushes_model_and_tokenizer(hub, tmp_path):
     assert b"# My own words" in hub.repos["me/theirs"]["README.md"]
 
 
+def test_an_upload_that_fails_is_one_sentence(result, dha, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", _refuse)
+    status, _, err = dha("push", result, "me/small")
+    assert status == 1 and "failed, and" in err and "no such token" in err and err.count("\n") == 1
+
+
+def _refuse(*_arguments, **_options):
+    raise RuntimeError("no such token")
+
+
 def test_dha_push_uploads_the_whole_result(hub, result, tmp_path):
     out = talk(hub, tmp_path, "-m", "dha_peft.cli", "push", str(result), "me/whole", "--private")
     assert f"Uploaded to {hub.url}/me/whole" in out
