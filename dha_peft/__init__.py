@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import adapter, models, training
 from .adapter import DHAConfig, DHAModel
@@ -13,6 +13,9 @@ from .models import Family, register_family
 from .plan import DHAPlan, LayerPlan
 from .search import Analysis, analyse
 from .training import DHACallback, FusionSchedule, ScheduleOptions
+
+if TYPE_CHECKING:
+    from .training import DHATrainer
 
 adapter.register()
 models.register()

@@ -36,6 +36,7 @@ from .loading import (
 from .measure import head_similarity
 from .output import check_free, new_folder, write_text
 from .plan import show_plan
+from .progress import BarCallback
 from .result import copy_config, facts_of, save_result
 from .settings import Run
 
@@ -102,7 +103,8 @@ def run_train(run: Run, source: Path | None = None, resume: bool = False) -> Pat
         tokenizer, base = load_tokenizer(run.model), load_model(run.model, run)
         batches, rows = calibration_batches(run, tokenizer), training_rows(run, tokenizer)
         ids = validation_tokens(run, tokenizer)
-        start_banner("train", run, base, batches)
+        stages = f"{run.train.steps} fusion and {run.train.heal_steps} healing steps, {trained_tokens(run):,} tokens"
+        start_banner("train", run, base, batches, stages)
         facts: dict[str, Any] = {"losses": {}, "fusion": []}
         _measure(facts, "base", base, ids, run)
         small = (
@@ -184,13 +186,20 @@ def heal(run: Run, folder: Path, small: nn.Module, rows: list) -> None:
 
 
 def _train(run, model, rows, folder, steps, rate, extra, teacher, callbacks):
-    from transformers import Trainer  # brings datasets and pandas, which the other commands need not wait for
+    from transformers import (
+        PrinterCallback,
+        ProgressCallback,
+        Trainer,
+    )  # brings datasets and pandas, which the other commands need not wait for
 
     from ..training import DHATrainer
 
     arguments = training_arguments(run, folder, steps, rate, extra)
     options = {"model": model, "args": arguments, "train_dataset": rows, "callbacks": callbacks}
     trainer = DHATrainer(**options, teacher=teacher) if run.train.objective == "base" else Trainer(**options)
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(BarCallback(folder.name))
     trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
     return trainer
 
