@@ -54,7 +54,7 @@ def test_the_wheel_asks_for_little(built):
         entry = wheel.read(info.replace("METADATA", "entry_points.txt")).decode()
     needed = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     assert {line.split("<")[0].split(">")[0].split("=")[0].strip() for line in needed} == LIGHT
-    assert {"train", "eval", "report", "docs", "dev"} == set(metadata.get_all("Provides-Extra"))
+    assert {"train", "eval", "report", "docs", "dev"} <= set(metadata.get_all("Provides-Extra"))
     assert metadata["License-Expression"] == "Apache-2.0" and "dha = dha_peft.cli:main" in entry
 
 
