@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable
+from typing import Annotated
 
 import torch
 import typer
@@ -13,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 from . import console
 from .bench import bench
 from .convert import convert
-from .env import env
+from .env import env, versions
 from .evaluate import evaluate
 from .export import export
 from .plan import plan
@@ -23,11 +24,25 @@ from .train import train
 
 app = typer.Typer(
     name="dha",
-    help="Turn a pretrained multi-head-attention model into one that keeps fewer key heads and value heads.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"dha_peft {versions()['dha_peft']}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    """Turn a pretrained multi-head-attention model into one that keeps fewer key heads and value heads."""
+
+
 COMMANDS: dict[str, Callable[..., None]] = {
     "plan": plan,
     "convert": convert,

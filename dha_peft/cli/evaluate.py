@@ -53,10 +53,8 @@ def evaluate(
         return
     models = {"base": load_model(run.model, run), "result": load_model(str(result), run)}
     if run.validation.files:
-        found, text = _losses(run, models), held_out(run)
-        # Figures of other models stay only where they are of the same text.
-        facts["losses"] = (facts.get("losses", {}) if facts.get("held_out") == text else {}) | found
-        facts["held_out"] = text
+        found = _losses(run, models)
+        _keep(facts, found, held_out(run))
         lines({f"loss, {name}": f"{loss:.4f} nats/token" for name, loss in found.items()})
     if run.eval.tasks:
         facts["scores"], facts["scores_limit"] = score_table(run, models), limit
@@ -65,6 +63,14 @@ def evaluate(
             note(f"  {row['task']:28s} {row['metric']:12s} {pair}")
     write_facts(result, facts, run.report)
     note(f"Wrote the figures into {result}")
+
+
+def _keep(facts: dict[str, Any], found: dict[str, float], text: dict[str, Any]) -> None:
+    """Losses into the facts. Those of other models stay where they are of the same text, and a result is named once."""
+    kept = facts.get("losses", {}) if facts.get("held_out") == text else {}
+    again = list(kept.values())[-1:] == [found["result"]]
+    facts["losses"] = kept | {name: loss for name, loss in found.items() if not (again and name == "result")}
+    facts["held_out"] = text
 
 
 def _losses(run: Run, models: dict[str, Any]) -> dict[str, float]:

@@ -48,8 +48,10 @@ def train(
     text: o.Text = None,
     validation: o.Held = None,
     tokens: o.Tokens = None,
-    steps: Annotated[int | None, typer.Option("--steps", help="Fusion steps; 0 starts from the closed form.")] = None,
-    heal_steps: Annotated[int | None, typer.Option("--heal-steps", help="Steps of all weights afterwards.")] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", help="Fusion steps; 0 starts from the closed form [100].")
+    ] = None,
+    heal_steps: Annotated[int | None, typer.Option("--heal-steps", help="Steps of all weights afterwards [0].")] = None,
     config: o.Config = None,
     set_: o.Set = None,
     device: o.Device = None,

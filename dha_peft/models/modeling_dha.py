@@ -83,9 +83,9 @@ class DhaMixin(DhaInit):
             if isinstance(module, PreTrainedModel) and not isinstance(module, DhaInit):
                 module.__class__ = _inner_class(type(module))
 
-    def save_pretrained(self, save_directory: Any, is_main_process: bool = True, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any) -> None:
         """transformers' own, and a model card beside the weights where there is none."""
-        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         if _write_card and is_main_process:
             _write_card(self, save_directory)
 

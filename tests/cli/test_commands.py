@@ -47,6 +47,9 @@ def test_eval_puts_losses_into_the_card(dha, result):
     assert status == 0 and "loss, base" in out and "loss, result" in out
     assert set(json.loads((result / "results.json").read_text())["losses"]) == {"base", "result"}
     assert "| result |" in (result / "README.md").read_text()
+    # The same text again: nothing is named twice.
+    assert dha("eval", result, "--validation", VALIDATION, "--limit", 1)[0] == 0
+    assert list(json.loads((result / "results.json").read_text())["losses"]) == ["base", "result"]
     status, _, err = dha("eval", result, "--set", "validation.files=[]")
     assert status == 1 and "--tasks" in err
 

@@ -153,3 +153,5 @@ def test_sizes():
 def test_env_names_versions(dha):
     status, out, _ = dha("env")
     assert status == 0 and "transformers" in out and "dha_peft" in out
+    status, out, _ = dha("--version")
+    assert status == 0 and out.startswith("dha_peft 0.")
