@@ -26,6 +26,7 @@ PIPELINES = {
     "AutoModelForSequenceClassification": "text-classification",
     "AutoModelForTokenClassification": "token-classification",
     "AutoModelForQuestionAnswering": "question-answering",
+    "AutoModelForImageClassification": "image-classification",
     "AutoModelForSeq2SeqLM": "text2text-generation",
     "AutoModelForSpeechSeq2Seq": "automatic-speech-recognition",
 }
