@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # The torch that the tests are developed against; users get any torch that pyproject.toml allows.
 TORCH ?= torch==2.13.0
 
-.PHONY: .venv test lint format demo docs
+.PHONY: .venv test lint format demo docs package
 
 .venv: $(STAMP)
 
@@ -34,5 +34,13 @@ demo: .venv
 	$(BIN)/python examples/demo.py
 
 docs: .venv
-	$(PIP) -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Wheel and sdist, each installed without any extra into an environment of its own, where the command must work.
+package: .venv
+	rm -rf dist build
+	$(BIN)/python -m build --no-isolation
+	for file in dist/*.whl dist/*.tar.gz; do \
+		$(PYTHON) -m venv --clear build/clean && build/clean/bin/python -m pip install --quiet $$file && \
+		(cd build && clean/bin/dha env && clean/bin/dha plan ../examples/demo_model) || exit 1; \
+	done

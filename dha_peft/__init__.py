@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import adapter, models, training
 from .adapter import DHAConfig, DHAModel
+from .card import save_card
 from .conversion import convert, get_dha_model
 from .kernels import decode_kernel
 from .models import Family, register_family
@@ -13,10 +14,14 @@ from .plan import DHAPlan, LayerPlan
 from .search import Analysis, analyse
 from .training import DHACallback, FusionSchedule, ScheduleOptions
 
+if TYPE_CHECKING:
+    from .training import DHATrainer
+
 adapter.register()
 models.register()
 # Declines by itself where Triton or CUDA is missing; Triton is imported at its first call on a GPU.
 models.set_decode_kernel(decode_kernel)
+models.set_card_writer(save_card)
 
 __version__ = "0.1.0"
 

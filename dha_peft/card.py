@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,44 @@ CITATION = """```bibtex
   note      = {arXiv:2406.06567}
 }
 ```"""
+# Auto class -> the hub's name of its task.
+PIPELINES = {
+    "AutoModel": "feature-extraction",
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForMaskedLM": "fill-mask",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+    "AutoModelForQuestionAnswering": "question-answering",
+    "AutoModelForImageClassification": "image-classification",
+    "AutoModelForSeq2SeqLM": "text2text-generation",
+    "AutoModelForSpeechSeq2Seq": "automatic-speech-recognition",
+}
+_TEMPLATE = "This model card has been automatically generated."  # what transformers writes at an upload
+_MARK = "<!-- written by dha_peft, "
 
 
-def write_card(folder: str | Path, facts: dict[str, Any], run_yaml: str | None = None) -> Path:
-    """Write README.md into a folder with a merged model; see `model_card`."""
+def write_card(folder: str | Path, facts: dict[str, Any], run_yaml: str | None = None) -> bool:
+    """Write README.md into a folder with a merged model (see `model_card`); False if a person's own is there and stays."""
     path = Path(folder) / "README.md"
+    if path.is_file() and not _untouched(path.read_text(encoding="utf-8")):
+        return False
     path.write_text(model_card(facts, run_yaml), encoding="utf-8")
-    return path
+    return True
+
+
+def save_card(model: Any, folder: str | Path) -> None:
+    """Write the card of a merged model that is being saved or uploaded, from its config alone. An existing README stays,
+    unless it is the empty one that transformers puts there at an upload."""
+    path, config = Path(folder) / "README.md", model.config
+    if not config.dha_plan or getattr(model, "_hf_peft_config_loaded", False):
+        return
+    if path.is_file() and _TEMPLATE not in path.read_text(encoding="utf-8"):
+        return
+    source = Path(config._name_or_path).resolve()
+    known = source.name == config.dha_base and source.exists()
+    facts = {"base": str(source) if known else config.dha_base or config.model_type.removeprefix("dha_")}
+    facts |= {"plan": config.dha_plan, "auto_class": _auto_class(model), "remote_code": model.dha_family.ships}
+    path.write_text(model_card(facts), encoding="utf-8")
 
 
 def model_card(facts: dict[str, Any], run_yaml: str | None = None) -> str:
@@ -31,22 +63,41 @@ def model_card(facts: dict[str, Any], run_yaml: str | None = None) -> str:
 
     Args:
         facts: `base` (folder or hub id), `plan` (`DHAPlan.to_dict()`), and whatever is known of `losses` (name to nats per
-            token), `scores`, `kv_bytes`, `kv_bytes_measured`, `calibration_tokens`, `training_tokens`, `speed`, `method`.
+            token), `scores`, `kv_bytes`, `kv_bytes_measured`, `calibration_tokens`, `training_tokens`, `speed`, `method`,
+            `auto_class` (the Auto class that loads it), `remote_code` (whether its code is saved with it).
         run_yaml: the exact run, shown as it is.
     """
     plan = DHAPlan.from_dict(facts["plan"])
-    parts = [_front_matter(facts), _summary(facts, plan), _loading(), "## Plan\n\n```\n" + plan.table() + "\n```"]
+    parts = [_summary(facts, plan), _loading(facts), "## Plan\n\n```\n" + plan.table() + "\n```"]
     parts += [part for part in (_losses(facts), _scores(facts), _speed(facts)) if part]
     if run_yaml:
         parts.append(f"## Run\n\n```yaml\n{run_yaml.strip()}\n```")
     parts.append("## Citation\n\nThe method is that of the paper; the aligned fusion is dha_peft's own.\n\n" + CITATION)
-    return "\n\n".join(parts) + "\n"
+    body = "\n\n".join(parts)
+    return f"{_front_matter(facts)}\n\n{body}\n\n{_MARK}{_digest(body)} -->\n"
+
+
+def _untouched(card: str) -> bool:
+    """Whether this is a card of ours that nobody has edited since; its front matter may have been."""
+    text, found, mark = card.rstrip().rpartition(f"\n\n{_MARK}")
+    body = text.split("\n---\n", 1)[-1].strip()
+    return bool(found) and mark == f"{_digest(body)} -->"
+
+
+def _digest(body: str) -> str:
+    return hashlib.sha256(body.encode()).hexdigest()[:16]
+
+
+def _auto_class(model: Any) -> str:
+    family, names = model.dha_family, [cls.__name__ for cls in type(model).__mro__]
+    found = (auto for auto, ending in family.tasks().items() if f"Dha{family.prefix}{ending}" in names)
+    return next(found, "AutoModel")
 
 
 def _front_matter(facts: dict[str, Any]) -> str:
     data = {
         "library_name": "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": PIPELINES.get(facts.get("auto_class", "AutoModelForCausalLM"), "text-generation"),
         "base_model": _base_name(facts["base"]),
         "base_model_relation": "finetune",
         "tags": ["dha", "peft", "kv-cache"],
@@ -82,24 +133,28 @@ def _summary(facts: dict[str, Any], plan: DHAPlan) -> str:
     return text + "." + (f" Made with {' and '.join(tokens)}." if tokens else "")
 
 
-def _loading() -> str:
-    return """## How to load
+def _loading(facts: dict[str, Any]) -> str:
+    auto = facts.get("auto_class", "AutoModelForCausalLM")
+    text = f"""## How to load
 
 With the package (`pip install dha_peft`), which also brings the fast decode path:
 
 ```python
 import dha_peft  # registers the model type
-from transformers import AutoModelForCausalLM
+from transformers import {auto}
 
-model = AutoModelForCausalLM.from_pretrained("THIS_MODEL")
-```
+model = {auto}.from_pretrained("THIS_MODEL")
+```"""
+    if not facts.get("remote_code", True):
+        return text
+    return f"""{text}
 
 Without it, from the code saved beside the weights:
 
 ```python
-from transformers import AutoModelForCausalLM
+from transformers import {auto}
 
-model = AutoModelForCausalLM.from_pretrained("THIS_MODEL", trust_remote_code=True)
+model = {auto}.from_pretrained("THIS_MODEL", trust_remote_code=True)
 ```"""
 
 

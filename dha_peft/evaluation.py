@@ -22,6 +22,7 @@ def evaluate_tasks(
     num_fewshot: int | None = None,
     batch_size: int | str = 8,
     device: str | None = None,
+    bootstrap_iters: int = 1000,
     **model_args: Any,
 ) -> dict[str, dict[str, float]]:
     """Metrics of every task, `{"task": {"acc": 0.41, "acc_stderr": 0.02, ...}}`; a task with several filters has `"metric,filter"`.
@@ -33,6 +34,7 @@ def evaluate_tasks(
         include_path: folder with task files (yaml). lm-eval's own tasks, which it reads from the hub, stay known.
         limit: documents per task, or their share if below 1; None takes all.
         device: "cuda", "cpu", ...; None takes the model's own, or CUDA where there is one.
+        bootstrap_iters: resamplings behind the errors of metrics that have no formula for them, such as perplexity.
         model_args: anything else that lm-eval's `HFLM` takes, such as `dtype="bfloat16"` or `max_length=1024`.
 
     Raises:
@@ -42,9 +44,15 @@ def evaluate_tasks(
     lm_eval, manager = _manager(include_path, tasks)
     language_model = _language_model(model, tokenizer, batch_size, device, model_args)
     results = lm_eval.simple_evaluate(
-        language_model, tasks=list(tasks), task_manager=manager, limit=limit, num_fewshot=num_fewshot, log_samples=False
-    )
+        language_model, tasks=list(tasks), task_manager=manager, limit=limit, num_fewshot=num_fewshot,
+        bootstrap_iters=bootstrap_iters, log_samples=False,
+    )  # fmt: skip
     return {task: _numbers(metrics) for task, metrics in results["results"].items()}
+
+
+def check_tasks(tasks: Sequence[str], include_path: str | Path | None = None) -> None:
+    """Raise what `evaluate_tasks` would raise about its tasks, before any model is loaded."""
+    _manager(include_path, tasks)
 
 
 def _manager(include_path: str | Path | None, tasks: Sequence[str]) -> tuple[Any, Any]:

@@ -20,20 +20,27 @@ def read_texts(paths: Iterable[str | Path]) -> Iterator[str]:
     """Texts of `.txt` files (one text each) and `.jsonl` files (key `text`), plain or compressed (`.gz`, `.xz`).
 
     Raises:
-        ValueError: a file that does not exist, or a JSON line without `text`.
+        ValueError: a file that does not exist or is not UTF-8, or a line that is no JSON object with `text`.
     """
     for path in map(Path, paths):
         if not path.is_file():
             raise ValueError(f"the text file `{path}` does not exist; give a .txt or .jsonl file.")
-        with _OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8") as file:
-            if ".jsonl" not in path.suffixes:
-                yield file.read()
-                continue
-            for number, line in enumerate(file, 1):
-                row = json.loads(line)
-                if "text" not in row:
-                    raise ValueError(f"line {number} of `{path}` has no key `text`; every line needs one.")
-                yield row["text"]
+        try:
+            with _OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8") as file:
+                if ".jsonl" in path.suffixes:
+                    yield from (_row(path, number, line) for number, line in enumerate(file, 1))
+                else:
+                    yield file.read()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"`{path}` is no text in UTF-8 ({error.reason}); convert it first.") from error
+
+
+def _row(path: Path, number: int, line: str) -> str:
+    try:
+        return json.loads(line)["text"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        what = "is no JSON with a key `text`" if isinstance(error, json.JSONDecodeError) else "has no key `text`"
+        raise ValueError(f"line {number} of `{path}` {what}; every line is to be an object with that key.") from error
 
 
 def text_tokens(tokenizer: Any, paths: Iterable[str | Path], tokens: int) -> Tensor:

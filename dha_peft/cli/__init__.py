@@ -5,14 +5,16 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable
+from typing import Annotated
 
+import torch
 import typer
 from transformers.utils import logging as transformers_logging
 
 from . import console
 from .bench import bench
 from .convert import convert
-from .env import env
+from .env import env, versions
 from .evaluate import evaluate
 from .export import export
 from .plan import plan
@@ -22,11 +24,25 @@ from .train import train
 
 app = typer.Typer(
     name="dha",
-    help="Turn a pretrained multi-head-attention model into one that keeps fewer key heads and value heads.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"dha_peft {versions()['dha_peft']}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    """Turn a pretrained multi-head-attention model into one that keeps fewer key heads and value heads."""
+
+
 COMMANDS: dict[str, Callable[..., None]] = {
     "plan": plan,
     "convert": convert,
@@ -51,6 +67,10 @@ def main(arguments: list[str] | None = None) -> None:
         app(args=arguments)
     except (ValueError, TypeError, OSError, ImportError) as error:
         console.error(" ".join(str(error).split()))
+        sys.exit(1)
+    except torch.OutOfMemoryError as error:
+        reason = str(error).split("\n")[0].split(". ")[0]
+        console.error(f"{reason}; `dha plan` says what a conversion takes, and --device cpu works in main memory.")
         sys.exit(1)
 
 

@@ -74,7 +74,7 @@ def run_convert(run: Run, source: Path | None = None) -> Path:
     return Path(run.output)
 
 
-def start_banner(title: str, run: Run, base: nn.Module, batches: list | None) -> None:
+def start_banner(title: str, run: Run, base: nn.Module, batches: list | None, training: str = "") -> None:
     config = base.config
     heads = f"{config.num_hidden_layers} layers, {config.num_attention_heads} query heads, "
     heads += f"{getattr(config, 'num_key_value_heads', config.num_attention_heads)} KV heads"
@@ -83,6 +83,7 @@ def start_banner(title: str, run: Run, base: nn.Module, batches: list | None) ->
         "heads": heads,
         "budget": run.config().head_budget,
         "calibration": f"{sum(b['input_ids'].numel() for b in batches):,} tokens" if batches else "weights alone",
+        "training": training,
         "device": f"{device_of(run)}, {next(base.parameters()).dtype}".replace("torch.", ""),
         "output": run.output,
     })  # fmt: skip

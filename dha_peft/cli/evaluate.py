@@ -6,10 +6,11 @@ from typing import Annotated, Any
 
 import typer
 
+from ..evaluation import check_tasks, evaluate_tasks
 from ..texts import evaluate_loss
 from . import options as o
 from .console import banner, lines, note
-from .loading import check_files, load_config, load_model, load_tokenizer, validation_tokens
+from .loading import check_files, held_out, load_config, load_model, load_tokenizer, validation_tokens
 from .result import read_facts, write_facts
 from .settings import Run, load_run
 
@@ -45,20 +46,31 @@ def evaluate(
     load_config(run.model)
     if not run.eval.tasks and not run.validation.files:
         raise ValueError("there is nothing to evaluate; pass `--tasks NAME,...` for lm-eval or `--validation FILE`.")
+    if run.eval.tasks:
+        check_tasks(run.eval.tasks, run.eval.include_path)
     banner("eval", {"base": run.model, "result": result, "tasks": ", ".join(run.eval.tasks), "limit": limit})
     if dry_run:
         return
     models = {"base": load_model(run.model, run), "result": load_model(str(result), run)}
     if run.validation.files:
-        facts["losses"] = _losses(run, models)
-        lines({f"loss, {name}": f"{loss:.4f} nats/token" for name, loss in facts["losses"].items()})
+        found = _losses(run, models)
+        _keep(facts, found, held_out(run))
+        lines({f"loss, {name}": f"{loss:.4f} nats/token" for name, loss in found.items()})
     if run.eval.tasks:
         facts["scores"], facts["scores_limit"] = score_table(run, models), limit
         for row in facts["scores"]:
             pair = " -> ".join(_shown(row[side]) for side in ("base", "result"))
             note(f"  {row['task']:28s} {row['metric']:12s} {pair}")
     write_facts(result, facts, run.report)
-    note(f"Wrote the figures into {result / 'README.md'}")
+    note(f"Wrote the figures into {result}")
+
+
+def _keep(facts: dict[str, Any], found: dict[str, float], text: dict[str, Any]) -> None:
+    """Losses into the facts. Those of other models stay where they are of the same text, and a result is named once."""
+    kept = facts.get("losses", {}) if facts.get("held_out") == text else {}
+    again = list(kept.values())[-1:] == [found["result"]]
+    facts["losses"] = kept | {name: loss for name, loss in found.items() if not (again and name == "result")}
+    facts["held_out"] = text
 
 
 def _losses(run: Run, models: dict[str, Any]) -> dict[str, float]:
@@ -83,28 +95,20 @@ def score_table(run: Run, models: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _lm_eval(run: Run, model: Any) -> dict[str, dict[str, list[float | None]]]:
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise ImportError("`--tasks` needs lm-eval; `pip install 'dha_peft[eval]'`.") from error
     options = run.eval
-    wrapped = HFLM(pretrained=model, tokenizer=load_tokenizer(run.model), batch_size=options.batch_size)
-    found = simple_evaluate(
-        wrapped, tasks=list(options.tasks), num_fewshot=options.num_fewshot, limit=run.limit,
-        task_manager=TaskManager(include_path=options.include_path), bootstrap_iters=1000,
+    found = evaluate_tasks(
+        model, options.tasks, load_tokenizer(run.model), options.include_path, run.limit, options.num_fewshot, options.batch_size
     )  # fmt: skip
-    return {task: _metrics(values) for task, values in found["results"].items()}
+    return {task: _with_errors(numbers) for task, numbers in found.items()}
 
 
-def _metrics(values: dict[str, Any]) -> dict[str, list[float | None]]:
-    found: dict[str, list[float | None]] = {}
-    for key, value in values.items():
-        name, _, rest = key.partition(",")
-        if isinstance(value, (int, float)) and rest and not name.endswith("_stderr"):
-            error = values.get(f"{name}_stderr,{rest}")
-            found[name] = [float(value), float(error) if isinstance(error, (int, float)) else None]
+def _with_errors(numbers: dict[str, float]) -> dict[str, list[float | None]]:
+    """Every metric as `[value, standard error]`; with several filters the names are `metric,filter` and `metric_stderr,filter`."""
+    found = {}
+    for name, value in numbers.items():
+        metric, comma, rest = name.partition(",")
+        if not metric.endswith("_stderr"):
+            found[name] = [value, numbers.get(f"{metric}_stderr{comma}{rest}")]
     return found
 
 

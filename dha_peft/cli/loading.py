@@ -16,7 +16,21 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def device_of(run: Run) -> str:
-    return ("cuda" if torch.cuda.is_available() else "cpu") if run.device == "auto" else run.device
+    """The device to work on.
+
+    Raises:
+        ValueError: one that this machine or this torch lacks.
+    """
+    if run.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=run.device)
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).split("\n")[0].rstrip(".")
+        raise ValueError(
+            f"`device` is {run.device!r}, which cannot be used here ({reason}); choose auto or cpu."
+        ) from error
+    return run.device
 
 
 def dtype_of(run: Run) -> torch.dtype | None:
@@ -47,7 +61,12 @@ def load_config(model: str) -> Any:
         raise ValueError(f"the folder `{model}` has no config.json; give a folder that `save_pretrained` wrote.")
     if not path.exists() and (path.is_absolute() or model.startswith(".") or model.count("/") > 1):
         raise ValueError(f"the folder `{model}` does not exist; give a local folder or a hub id such as org/name.")
-    return AutoConfig.from_pretrained(str(path.parent) if path.is_file() else model)
+    try:
+        return AutoConfig.from_pretrained(str(path.parent) if path.is_file() else model)
+    except (OSError, ValueError) as error:
+        where = "" if path.exists() else "there is no such folder, and on the hub: "
+        reason = str(error).strip().split("\n")[0].split(". ")[0].rstrip(".")
+        raise ValueError(f"`{model}` cannot be loaded; {where}{reason}.") from error
 
 
 def check_causal(config: Any) -> None:
@@ -133,8 +152,7 @@ def validation_tokens(run: Run, tokenizer: Any) -> torch.Tensor | None:
     part = run.validation
     if not part.files:
         return None
-    tokens = part.tokens if run.limit is None else min(part.tokens, run.limit * part.length)
-    ids = text_tokens(tokenizer, part.files, tokens + 1)
+    ids = text_tokens(tokenizer, part.files, held_out(run)["tokens"] + 1)
     if len(ids) <= part.length:
         raise ValueError(
             f"the validation text has {len(ids)} tokens, less than one window of {part.length}; give more."
@@ -142,9 +160,17 @@ def validation_tokens(run: Run, tokenizer: Any) -> torch.Tensor | None:
     return ids
 
 
+def held_out(run: Run) -> dict[str, Any]:
+    """Which text losses are measured on: two losses compare only where this is equal."""
+    part = run.validation
+    tokens = part.tokens if run.limit is None else min(part.tokens, run.limit * part.length)
+    return {"files": [Path(file).name for file in part.files], "tokens": tokens, "length": part.length}
+
+
 def check_files(run: Run) -> None:
     """Raise ValueError for a text file that is not there, before anything long starts."""
     for section in ("calibration", "validation", "train"):
         for file in getattr(run, section).files:
             if not Path(file).is_file():
-                raise ValueError(f"`{section}.files` names `{file}`, which does not exist; give a .txt or .jsonl file.")
+                what = "is a folder" if Path(file).is_dir() else "does not exist"
+                raise ValueError(f"`{section}.files` names `{file}`, which {what}; give a .txt or .jsonl file.")

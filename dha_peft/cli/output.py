@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from .console import note
+
 
 def check_free(target: str | Path, resume: bool = False) -> Path:
     """The target as a path, if a new result may be written there. Cheap, so it comes before any long work.
@@ -17,6 +19,9 @@ def check_free(target: str | Path, resume: bool = False) -> Path:
     if not str(target):
         raise ValueError("no output folder is given; pass `--output FOLDER`, or set `output` in the run file.")
     target = Path(target)
+    for parent in target.absolute().parents:
+        if parent.is_file():
+            raise ValueError(f"the output folder `{target}` would lie in `{parent}`, which is a file; choose another.")
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise ValueError(f"the output folder `{target}` is not empty; choose a new one, or remove it first.")
     partial = partial_folder(target)
@@ -42,9 +47,13 @@ def new_folder(target: str | Path, keep: bool = False, resume: bool = False) -> 
     partial.mkdir(parents=True, exist_ok=resume)
     try:
         yield partial
-    except BaseException:
-        if not keep or not any(partial.iterdir()):
+    except BaseException as stop:
+        if keep and any(partial.iterdir()):
+            note(f"Stopped; what is done lies in {partial}, and the same command with --resume goes on from there.")
+        else:
             shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(stop, KeyboardInterrupt):
+                note("Interrupted; nothing was written.")
         raise
     if target.is_dir():
         target.rmdir()

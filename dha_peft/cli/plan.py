@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -56,6 +56,8 @@ def plan(
 def show_plan(run: Run, search: bool = False, memory: str | None = None, context: int = 4096) -> DHAPlan:
     """Print the plan of a run; see `plan`."""
     check_files(run)
+    if context < 1:
+        raise ValueError(f"`--context` is {context}; give at least one token per sequence.")
     room = parse_size(memory) if memory else None
     config = load_config(run.model)
     model = skeleton(config)
@@ -75,7 +77,7 @@ def show_plan(run: Run, search: bool = False, memory: str | None = None, context
     if room:
         pairs = [(s.longest_context(room), s.largest_batch(room, context)) for s in (before, after)]
         lines({
-            f"longest context in {gib(room)}": f"{pairs[0][0]:,} -> {pairs[1][0]:,} tokens (one sequence)",
+            f"longest context in {gib(room)}": f"{pairs[0][0]:,} -> {pairs[1][0]:,} tokens (one sequence{_positions(config)})",
             f"largest batch at {context:,} tokens": f"{pairs[0][1]:,} -> {pairs[1][1]:,}",
         })  # fmt: skip
     where, count = device_of(run), run.calibration.tokens
@@ -85,6 +87,12 @@ def show_plan(run: Run, search: bool = False, memory: str | None = None, context
         "conversion, time": f"about {_duration(seconds)} on {where} with {count:,} calibration tokens (rough)",
     })  # fmt: skip
     return found
+
+
+def _positions(config: Any) -> str:
+    """What memory alone does not say."""
+    positions = getattr(config, "max_position_embeddings", None)
+    return f"; the model was made for {positions:,}" if positions else ""
 
 
 def _searched(run: Run) -> DHAPlan:

@@ -32,10 +32,13 @@ def push(
     if dry_run:
         note("dry run: nothing was uploaded.")
         return
-    api.create_repo(repo, private=private, exist_ok=True)
-    api.upload_folder(
-        repo_id=repo, folder_path=result, ignore_patterns=[".*"], commit_message=f"dha_peft result ({RESULTS})"
-    )
+    try:
+        api.create_repo(repo, private=private, exist_ok=True)
+        api.upload_folder(
+            repo_id=repo, folder_path=result, ignore_patterns=[".*"], commit_message=f"dha_peft result ({RESULTS})"
+        )
+    except Exception as error:  # the client's errors share no parent but this one
+        raise OSError(f"the upload to {api.endpoint}/{repo} failed, and `{result}` is as it was: {error}") from error
     note(f"Uploaded to {api.endpoint}/{repo}")
 
 

@@ -12,6 +12,7 @@ from ..card import write_card
 from ..plan import DHAPlan
 from .console import note
 from .env import versions
+from .loading import held_out
 from .output import write_text
 from .settings import Run
 
@@ -31,6 +32,7 @@ def facts_of(run: Run, base: nn.Module, plan: DHAPlan) -> dict[str, Any]:
         "kv_bytes": {"before": before, "after": after},
         "plan": plan.to_dict(),
         "losses": {},
+        "held_out": held_out(run),
         "versions": versions(),
     }
 
@@ -59,15 +61,17 @@ def write_facts(folder: Path, facts: dict[str, Any], report: bool = True) -> Non
     """Write the facts, and from them the card and the report, anew."""
     write_text(folder / RESULTS, json.dumps(facts, indent=1) + "\n")
     run = folder / "run.yaml"
-    if "plan" in facts:  # a sweep has no model of its own
-        write_card(folder, facts, run.read_text(encoding="utf-8") if run.is_file() else None)
+    text = run.read_text(encoding="utf-8") if run.is_file() else None
+    # A sweep has no model of its own, and so no plan and no card.
+    if "plan" in facts and not write_card(folder, facts, text):
+        note(f"{folder / 'README.md'} was edited by hand and stays as it is; the figures are in {RESULTS}.")
     if report:
         try:
             from ..report import write_report
         except ImportError:
             note("no report: it needs matplotlib and jinja2; `pip install 'dha_peft[report]'`.")
             return
-        write_report(folder, facts)
+        write_report(folder, facts, text)
 
 
 def copy_config(config: Path | None, folder: Path) -> None:

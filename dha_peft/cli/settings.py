@@ -110,7 +110,23 @@ def load_run(path: Path | None = None, overrides: Mapping[str, Any] | None = Non
     for key, value in (overrides or {}).items():
         if value is not None:
             _assign(data, key, value)
-    return _build(Run, data, "")
+    run = _build(Run, data, "")
+    _check_sizes(run)
+    return run
+
+
+def _check_sizes(run: Run) -> None:
+    """Raise ValueError for counts below one."""
+    sizes = {
+        "limit": run.limit,
+        "eval.batch_size": run.eval.batch_size,
+        "calibration.batch_size": run.calibration.batch_size,
+    }
+    for section in ("calibration", "validation", "train"):
+        sizes |= {f"{section}.{name}": getattr(getattr(run, section), name) for name in ("tokens", "length")}
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise ValueError(f"`{name}` is {size}, but it counts something; give at least 1.")
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
@@ -185,7 +201,7 @@ def cast(key: str, value: Any, hint: Any) -> Any:
         found, result = _try(value, option)
         if found:
             return result
-    names = " or ".join(getattr(o, "__name__", str(o)) for o in plain)
+    names = " or ".join(str(o) if typing.get_args(o) else o.__name__ for o in plain)
     raise ValueError(f"`{key}` is {value!r}, but it needs a value of type {names}.")
 
 

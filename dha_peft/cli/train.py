@@ -13,16 +13,17 @@ import torch
 import typer
 from peft import PeftModel
 from torch import nn
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..conversion import convert, get_dha_model
 from ..plan import DHAPlan
+from ..search import Analysis, analyse
 from ..texts import evaluate_loss
-from ..training import DHACallback, DHATrainer
+from ..training import DHACallback
 from . import options as o
 from .console import note
-from .convert import finish, measured_cache, start_banner
+from .convert import finish, mean_pooled, measured_cache, start_banner
 from .loading import (
     calibration_batches,
     check_files,
@@ -32,8 +33,10 @@ from .loading import (
     training_rows,
     validation_tokens,
 )
+from .measure import head_similarity
 from .output import check_free, new_folder, write_text
 from .plan import show_plan
+from .progress import BarCallback
 from .result import copy_config, facts_of, save_result
 from .settings import Run
 
@@ -45,8 +48,10 @@ def train(
     text: o.Text = None,
     validation: o.Held = None,
     tokens: o.Tokens = None,
-    steps: Annotated[int | None, typer.Option("--steps", help="Fusion steps; 0 starts from the closed form.")] = None,
-    heal_steps: Annotated[int | None, typer.Option("--heal-steps", help="Steps of all weights afterwards.")] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", help="Fusion steps; 0 starts from the closed form [100].")
+    ] = None,
+    heal_steps: Annotated[int | None, typer.Option("--heal-steps", help="Steps of all weights afterwards [0].")] = None,
     config: o.Config = None,
     set_: o.Set = None,
     device: o.Device = None,
@@ -83,6 +88,13 @@ def check_run(run: Run, resume: bool = False) -> None:
         )
     if not (part.files or run.calibration.files):
         raise ValueError("there is no text to train on; pass `--text FILE`, or set `train.files` in the run file.")
+    _check_arguments(run)
+
+
+def _check_arguments(run: Run) -> None:
+    """Raise what transformers raises about its arguments, before any model is loaded."""
+    for extra in ({}, run.train.heal_arguments):
+        training_arguments(run, Path("unused"), 1, 0.0, extra)
 
 
 def run_train(run: Run, source: Path | None = None, resume: bool = False) -> Path:
@@ -93,13 +105,14 @@ def run_train(run: Run, source: Path | None = None, resume: bool = False) -> Pat
         tokenizer, base = load_tokenizer(run.model), load_model(run.model, run)
         batches, rows = calibration_batches(run, tokenizer), training_rows(run, tokenizer)
         ids = validation_tokens(run, tokenizer)
-        start_banner("train", run, base, batches)
+        stages = f"{run.train.steps} fusion and {run.train.heal_steps} healing steps, {trained_tokens(run):,} tokens"
+        start_banner("train", run, base, batches, stages)
         facts: dict[str, Any] = {"losses": {}, "fusion": []}
         _measure(facts, "base", base, ids, run)
         small = (
             fused(run, folder, base, batches, rows, facts, ids)
             if run.train.steps
-            else convert(base, run.config(), batches)
+            else convert(base, run.config(), batches, references(run, base, batches, facts, ids))
         )
         _measure(facts, "after the collapse" if run.train.steps else "closed form", small, ids, run)
         if run.train.heal_steps:
@@ -133,17 +146,35 @@ def fused(
     done = folder / "adapter"
     if (done / "log.json").is_file():
         adapted: Any = PeftModel.from_pretrained(base, done)
-        facts["fusion"] = json.loads((done / "log.json").read_text())
+        facts |= json.loads((done / "log.json").read_text())
     else:
-        adapted = get_dha_model(base, run.config(), batches)
+        analysis = references(run, base, batches, facts, ids)
+        adapted = get_dha_model(base, run.config(), batches, analysis=analysis)
         trainer = _train(
             run, adapted, rows, folder / "fusion", run.train.steps, run.train.learning_rate, {}, None, [DHACallback()]
         )
         facts["fusion"] = [log for log in trainer.state.log_history if "dha/fusion_loss" in log and "loss" not in log]
         adapted.save_pretrained(done)
-        write_text(done / "log.json", json.dumps(facts["fusion"]))
+        write_text(done / "log.json", json.dumps(facts))
     _measure(facts, "after fusion, before the collapse", adapted, ids, run)
     return adapted.eval().merge_and_unload()
+
+
+def references(
+    run: Run, base: nn.Module, batches: list | None, facts: dict[str, Any], ids: torch.Tensor | None
+) -> Analysis | None:
+    """The analysis that fusion starts from, and from it what the report compares with: head similarity and mean-pooled GQA.
+
+    None where training itself finds the groups, or where the run names them.
+    """
+    config = run.config()
+    if config.grouping == "learned" or config.plan is not None:
+        return None
+    analysis = analyse(base, batches, config.grouping)
+    facts["similarity"] = head_similarity(analysis)
+    if ids is not None:
+        _measure(facts, "mean-pooled GQA, no training", mean_pooled(base, run, analysis), ids, run)
+    return analysis
 
 
 def heal(run: Run, folder: Path, small: nn.Module, rows: list) -> None:
@@ -157,9 +188,20 @@ def heal(run: Run, folder: Path, small: nn.Module, rows: list) -> None:
 
 
 def _train(run, model, rows, folder, steps, rate, extra, teacher, callbacks):
+    from transformers import (
+        PrinterCallback,
+        ProgressCallback,
+        Trainer,
+    )  # brings datasets and pandas, which the other commands need not wait for
+
+    from ..training import DHATrainer
+
     arguments = training_arguments(run, folder, steps, rate, extra)
     options = {"model": model, "args": arguments, "train_dataset": rows, "callbacks": callbacks}
     trainer = DHATrainer(**options, teacher=teacher) if run.train.objective == "base" else Trainer(**options)
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(BarCallback(folder.name))
     trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
     return trainer
 

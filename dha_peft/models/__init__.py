@@ -10,7 +10,7 @@ from .configuration_dha import CONFIGS
 from .decode import set_attention_path, set_decode_kernel
 from .families import FAMILIES, family_of
 from .family import Family
-from .modeling_dha import MODELS
+from .modeling_dha import MODELS, set_card_writer
 from .register import MERGED_TO_BASE, register, register_family
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "register",
     "register_family",
     "set_attention_path",
+    "set_card_writer",
     "set_decode_kernel",
 ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sized
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -93,9 +94,13 @@ def _merged_config(base_config: Any, family: Family, plan: DHAPlan, orders: list
         "key_head_map": [_reordered(layer.key_map(len(order)), order) for layer, order in pairs],
         "value_head_map": [_reordered(layer.value_map(len(order)), order) for layer, order in pairs],
     }
-    config = CONFIGS[family.merged_type](**fields, **maps, dha_plan=plan.to_dict())
+    name = base_config._name_or_path
+    base = (
+        Path(name).resolve().name if Path(name).exists() else name
+    )  # a path of this machine is no one else's business
+    config = CONFIGS[family.merged_type](**fields, **maps, dha_plan=plan.to_dict(), dha_base=base or None)
     config._attn_implementation = base_config._attn_implementation
-    config._name_or_path = base_config._name_or_path
+    config._name_or_path = name
     return config
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
+from threading import RLock
 from typing import Any
 
 from .families import FAMILIES
@@ -20,6 +21,7 @@ class DhaConfigMixin:
         num_key_heads: key heads of each layer; follows from `key_head_map` if not given.
         num_value_heads: value heads of each layer; follows from `value_head_map` if not given.
         dha_plan: the plan that the model was collapsed by (`DHAPlan.to_dict()`), kept as a record.
+        dha_base: name of the base model (the last part of a local path), for the model card.
 
     Without maps the config describes its family's own layout (`num_key_value_heads` heads of each kind).
     `num_key_value_heads` is the largest count in any layer (what a cache with one count for all has to hold); where
@@ -39,6 +41,7 @@ class DhaConfigMixin:
         num_key_heads: list[int] | None = None,
         num_value_heads: list[int] | None = None,
         dha_plan: dict[str, Any] | None = None,
+        dha_base: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__post_init__(**kwargs)
@@ -48,7 +51,7 @@ class DhaConfigMixin:
         self.num_value_heads = _counts("num_value_heads", num_value_heads, self.value_head_map)
         if "num_key_value_heads" not in self.attribute_map:
             self.num_key_value_heads = max(self.num_key_heads + self.num_value_heads)
-        self.dha_plan = dha_plan
+        self.dha_plan, self.dha_base = dha_plan, dha_base
         if self.dha_family.ships:
             self.auto_map = auto_map(self.dha_family)
         self.base_model_tp_plan = _replicated_attention(self.dha_family, self.base_model_tp_plan)
@@ -116,51 +119,34 @@ def _replicated_attention(family: Family, plan: dict[str, str] | None) -> dict[s
     return {key: "rowwise_split_input" if key.endswith(output) else style for key, style in styles.items()}
 
 
-class ClassTable(Mapping):
-    """What is made for each family, by merged model type, when it is first asked for: importing the package makes nothing.
+class ClassTable(dict[str, Any]):
+    """Merged model type -> what is made for its family, when it is first asked for: importing the package makes nothing."""
 
-    `before` is another table that this one is made from. Its entry comes first, because making it may make this one too.
-    """
+    def __init__(self, make: Callable[[Family], Any]) -> None:
+        super().__init__()
+        self._make = make
+        self.after: Callable[[str], None] = lambda merged_type: None
+        """Gets the merged type of a new entry. The installed package sets it, to register what was made; for remote
+        code transformers does so itself."""
 
-    def __init__(self, make: Callable[[Family], Any], before: Mapping[str, Any] | None = None) -> None:
-        self._make, self._before = make, before
-        self._made: dict[str, Any] = {}
-
-    def __getitem__(self, merged_type: str) -> Any:
-        if self._before is not None:
-            self._before[merged_type]
-        if merged_type not in self._made:
-            family = FAMILIES.get(merged_type.removeprefix("dha_"))
-            if family is None or family.merged_type != merged_type or not family.available():
-                raise KeyError(merged_type)
-            self._make(family)
-        return self._made[merged_type]
-
-    def __iter__(self) -> Iterator[str]:
-        return (family.merged_type for family in list(FAMILIES.values()) if family.available())
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-    def keep(self, family: Family, made: Any) -> Any:
-        """Set the entry of one family."""
-        self._made[family.merged_type] = made
-        return made
-
-    def forget(self, merged_type: str) -> None:
-        """Make this entry anew when it is next asked for."""
-        self._made.pop(merged_type, None)
+    def __missing__(self, merged_type: str) -> Any:
+        family = FAMILIES.get(merged_type.removeprefix("dha_"))
+        if family is None or family.merged_type != merged_type or not family.available():
+            raise KeyError(merged_type)
+        with _LOCK:
+            if merged_type not in self:
+                made = self._make(family)
+                # Making models makes their config, and registering that asks for the models.
+                if merged_type not in self:
+                    self[merged_type] = made
+                    self.after(merged_type)
+            return self[merged_type]
 
 
-NEW_CONFIG_HOOKS: list[Callable[[str], None]] = []
-"""Called with the merged type after its config class is made: the installed package registers it with the Auto classes.
-
-Empty in remote code, where transformers does so itself.
-"""
+_LOCK = RLock()
 
 
-def add_config(family: Family) -> type:
-    """Make and keep the config class of one family."""
+def _config_class(family: Family) -> type:
     body = {
         "__module__": __name__,
         "__doc__": DhaConfigMixin.__doc__,
@@ -174,9 +160,6 @@ def add_config(family: Family) -> type:
     )
     if family.ships:
         cls.register_for_auto_class("AutoConfig")
-    globals()[cls.__name__] = CONFIGS.keep(family, cls)
-    for hook in NEW_CONFIG_HOOKS:
-        hook(family.merged_type)
     return cls
 
 
@@ -189,15 +172,17 @@ def _own_defaults(base: type) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if not (name.startswith("_") or hasattr(base, name))}
 
 
-CONFIGS = ClassTable(add_config)
+CONFIGS = ClassTable(_config_class)
+"""Merged model type -> config class."""
 
 
 def __getattr__(name: str) -> Any:
+    """The config classes by name, as `from ... import`, pickle and remote code ask for them."""
     for family in FAMILIES.values():
-        if name == f"Dha{family.prefix}Config" and family.merged_type in CONFIGS:
+        if name == f"Dha{family.prefix}Config" and family.available():
             return CONFIGS[family.merged_type]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *(config.__name__ for config in CONFIGS.values())})
+    return sorted({*globals(), *(f"Dha{family.prefix}Config" for family in FAMILIES.values())})

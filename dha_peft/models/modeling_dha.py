@@ -41,6 +41,19 @@ def _inner_class(base: type) -> type:
     return type(f"Dha{base.__name__}", (DhaInit, base), {"__module__": __name__})
 
 
+CardWriter = Callable[[PreTrainedModel, str], None]
+_write_card: CardWriter | None = None
+
+
+def set_card_writer(writer: CardWriter | None) -> None:
+    """Plug in what writes a model card: `writer(model, folder)`, after a model is saved and before one is uploaded.
+
+    Without the package, in remote code, there is none.
+    """
+    global _write_card
+    _write_card = writer
+
+
 class DhaMixin(DhaInit):
     """Builds the family's model and turns its attention modules into merged ones."""
 
@@ -69,6 +82,18 @@ class DhaMixin(DhaInit):
         for module in self.modules():
             if isinstance(module, PreTrainedModel) and not isinstance(module, DhaInit):
                 module.__class__ = _inner_class(type(module))
+
+    def save_pretrained(self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any) -> None:
+        """transformers' own, and a model card beside the weights where there is none."""
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        if _write_card and is_main_process:
+            _write_card(self, save_directory)
+
+    def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        """The last step of `push_to_hub`, when transformers has put an empty card into the folder."""
+        if _write_card:
+            _write_card(self, working_dir)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     def fuse_projections(self) -> int:
         """For decoding: multiply the projections of one input (q, k and v; gate and up) at once. In place, at no memory.
@@ -123,23 +148,14 @@ def _with_step(forward: Callable[..., Any]) -> Callable[..., Any]:
     return with_step
 
 
-def add_models(family: Family) -> dict[str, type]:
-    """Make and keep the model classes of one family."""
-    classes = MODELS.keep(family, _classes(family))
-    globals().update({cls.__name__: cls for cls in classes.values()})
-    return classes
-
-
-MODELS = ClassTable(add_models, before=CONFIGS)
+MODELS = ClassTable(_classes)
 """Merged model type -> Auto class name -> merged class."""
 
 
 def __getattr__(name: str) -> Any:
+    """The classes by name, as `from ... import`, pickle and remote code ask for them."""
     for family in FAMILIES.values():
-        if (
-            name in {f"Dha{family.prefix}{ending}" for ending in (*TASKS.values(), SEQ2SEQ)}
-            and family.merged_type in MODELS
-        ):
+        if name in _names(family) and family.available():
             for cls in MODELS[family.merged_type].values():
                 if cls.__name__ == name:
                     return cls
@@ -147,4 +163,9 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *(cls.__name__ for classes in MODELS.values() for cls in classes.values())})
+    return sorted({*globals(), *(name for family in FAMILIES.values() for name in _names(family))})
+
+
+def _names(family: Family) -> set[str]:
+    """What the classes of a family may be called, without a look at transformers' modelling file."""
+    return {f"Dha{family.prefix}{ending}" for ending in (*TASKS.values(), SEQ2SEQ)}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copyreg
 from collections.abc import Mapping
 from typing import Any
 
 import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .configuration_dha import CONFIGS, NEW_CONFIG_HOOKS, add_config
+from . import configuration_dha
+from .configuration_dha import CONFIGS
 from .families import FAMILIES
 from .family import TASKS, Family
 from .modeling_dha import MODELS
@@ -23,6 +25,8 @@ class LazyConfig(type):
     `AutoConfig` keeps it under the model type. Making the class registers it, and the family's models, in its place.
     """
 
+    model_type: str
+
     def __getattr__(cls, name: str) -> Any:
         return getattr(CONFIGS[cls.model_type], name)
 
@@ -36,15 +40,21 @@ class LazyConfig(type):
         return issubclass(subclass, CONFIGS[cls.model_type])
 
 
+# transformers' table of configs can be pickled, and so its entries must be.
+copyreg.pickle(LazyConfig, lambda cls: (_config_class, (cls.model_type,)))
+
+
+def _config_class(merged_type: str) -> type:
+    return CONFIGS[merged_type]
+
+
 def register() -> None:
     """Make `AutoConfig`, `AutoModel`, ... know the merged types; safe to call again."""
-    if _register_classes in NEW_CONFIG_HOOKS:
-        return
-    NEW_CONFIG_HOOKS.append(_register_classes)
+    CONFIGS.after = _register_classes
     for family in FAMILIES.values():
         # A family that the installed transformers lacks must not break the others.
-        if family.model_type in transformers.CONFIG_MAPPING:
-            body = {"__module__": __name__, "model_type": family.merged_type}
+        if family.model_type in transformers.CONFIG_MAPPING and family.merged_type not in CONFIGS:
+            body = {"__module__": configuration_dha.__name__, "model_type": family.merged_type}
             stand_in = LazyConfig(f"Dha{family.prefix}Config", (), body)
             transformers.AutoConfig.register(family.merged_type, stand_in, exist_ok=True)
 
@@ -87,8 +97,9 @@ def register_family(classes: Mapping[str, type], **row: Any) -> Family:
     prefix = by_ending["Config"].__name__.removesuffix("Config")
     family = FAMILIES[model_type] = Family(model_type, prefix, classes=by_ending, **row)
     MERGED_TO_BASE[family.merged_type] = model_type
-    MODELS.forget(family.merged_type)
-    add_config(family)
+    for table in (MODELS, CONFIGS):
+        table.pop(family.merged_type, None)
+    CONFIGS[family.merged_type]  # registers it and its models
     return family
 
 

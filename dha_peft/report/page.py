@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,30 +15,29 @@ from . import figures
 
 @dataclass
 class Section:
-    """One part of the page: a figure with a title and a sentence that says what it shows."""
+    """One part of the page: figures by file name under a title, and a sentence that says what they show."""
 
-    name: str
     title: str
     caption: str
-    figure: Figure
-    svg: str = ""
+    figures: dict[str, Figure]
+    names: dict[str, str] = field(default_factory=dict)
+    """What each figure shows, where there are several."""
+    svgs: dict[str, str] = field(default_factory=dict)
 
 
-def write_report(folder: str | Path, facts: dict[str, Any]) -> Path:
+def write_report(folder: str | Path, facts: dict[str, Any], run_yaml: str | None = None) -> Path:
     """Write report.html and figures/*.png into a result's folder; sections without facts are left out."""
     folder = Path(folder)
     sections = list(_sections(facts))
     (folder / "figures").mkdir(exist_ok=True)
     for section in sections:
-        figures.png(section.figure, folder / "figures" / f"{section.name}.png")
-        # Ids inside a figure must be unique on the page.
-        section.svg = figures.svg(section.figure).replace('id="', f'id="{section.name}-').replace("#", "\0")
-        section.svg = section.svg.replace('href="\0', f'href="\0{section.name}-').replace(
-            "url(\0", f"url(\0{section.name}-"
-        )
-        section.svg = section.svg.replace("\0", "#")
+        for name, figure in section.figures.items():
+            figures.png(figure, folder / "figures" / f"{name}.png")
+            section.svgs[name] = figures.svg(figure, name)
     environment = Environment(loader=PackageLoader("dha_peft.report"), autoescape=True)
-    page = environment.get_template("report.html.j2").render(facts=facts, sections=sections)
+    page = environment.get_template("report.html.j2").render(
+        facts=facts, sections=sections, tiles=list(_tiles(facts)), run_yaml=run_yaml
+    )
     path = folder / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
@@ -56,20 +55,54 @@ def quality_points(facts: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
+def _tiles(facts: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """What a reader wants to know first: a name, a figure, and what to compare it with."""
+    kv = facts.get("kv_bytes_measured") or (facts.get("kv_bytes") if facts.get("plan") else None)
+    if kv:
+        yield (
+            "KV cache per token",
+            f"{kv['after']:,} bytes",
+            f"base: {kv['before']:,}, kept: {kv['after'] / kv['before']:.1%}",
+        )
+    losses = facts.get("losses", {})
+    if len(losses) > 1 and "base" in losses:
+        loss = list(losses.values())[-1]
+        yield "Loss", f"{loss:.4f}", f"base: {losses['base']:.4f} ({loss - losses['base']:+.4f} nats/token)"
+    if facts.get("speed"):
+        base, result = (facts["speed"][side]["ms_per_step"] for side in ("base", "result"))
+        yield "Decode step", f"{result:.4g} ms", f"base: {base:.4g} ms"
+    tokens = [facts.get(f"{kind}_tokens") or 0 for kind in ("calibration", "training")]
+    if any(tokens):
+        yield "Tokens used", f"{sum(tokens):,}", f"calibration: {tokens[0]:,}, training: {tokens[1]:,}"
+
+
 def _sections(facts: dict[str, Any]) -> Iterator[Section]:
     if facts.get("plan"):
-        caption = "Heads that each layer keeps; keys and values have counts of their own."
-        yield Section("budgets", "Budgets by layer", caption, figures.budgets(facts["plan"]))
+        caption = "Heads that each layer keeps. Keys and values have counts of their own; all query heads stay."
+        yield Section("Budgets by layer", caption, {"budgets": figures.budgets(facts["plan"])})
     if quality_points(facts):
-        caption = "Loss on held-out text against the share of the KV cache that is kept; lower is better."
-        yield Section("quality", "Quality against KV kept", caption, figures.quality(quality_points(facts)))
+        caption = "Loss on held-out text against the share of key and value heads that is kept; lower is better."
+        yield Section("Quality against KV kept", caption, {"quality": figures.quality(quality_points(facts))})
     if facts.get("similarity"):
-        caption = "How alike heads of the base are: the cosine of their weights (raw), and once they are turned into a common frame (aligned)."
-        yield Section("similarity", "Head similarity", caption, figures.similarity(facts["similarity"]))
+        yield _similarity(facts["similarity"])
     if facts.get("fusion"):
-        caption = "Fusion loss and its target (left), multipliers of the augmented Lagrangian (right)."
-        yield Section("fusion", "Fusion", caption, figures.trajectory(facts["fusion"]))
+        parts = {"fusion-loss": ("fusion_loss", "target"), "fusion-multipliers": ("lambda1", "lambda2")}
+        drawn = {n: figures.curves(facts["fusion"], keys, n.split("-")[1]) for n, keys in parts.items()}
+        caption = "How far the heads of a group are from one head, the target that falls to zero, and the multipliers of the augmented Lagrangian."
+        yield Section("Fusion", caption, drawn)
     if facts.get("speed"):
-        speed = facts["speed"]
-        caption = f"Eager decoding, batch {speed['batch']}, {speed['context']} tokens of context, on {speed['device']}."
-        yield Section("speed", "Decoding", caption, figures.speed(speed))
+        yield _speed(facts["speed"])
+
+
+def _similarity(rows: list[dict[str, Any]]) -> Section:
+    names = {f"similarity-{row['kind']}-{row['layer']}": f"{row['kind']} heads of layer {row['layer']}" for row in rows}
+    caption = "Heads against heads of the base: the cosine of their weights as they are stored (raw), and once they are turned into a common frame (aligned), which changes nothing about the model."
+    return Section("Head similarity", caption, dict(zip(names, map(figures.similarity, rows), strict=True)), names)
+
+
+def _speed(speed: dict[str, Any]) -> Section:
+    caption = f"Eager decoding, batch {speed['batch']}, {speed['context']} tokens of context, on {speed['device']}."
+    steps, cache = ([speed[side][key] for side in ("base", "result")] for key in ("ms_per_step", "cache_bytes"))
+    drawn = {"speed-step": figures.pair(steps, "ms per step")}
+    drawn["speed-cache"] = figures.pair([size / 2**20 for size in cache], "MiB of cache")
+    return Section("Decoding", caption, drawn)

@@ -34,8 +34,17 @@ def test_fusion_and_healing_write_a_result(dha, tmp_path):
     status, text, err = dha(*arguments)
     assert status == 0, err
     facts = json.loads((out / "results.json").read_text())
-    names = ["base", "after fusion, before the collapse", "after the collapse", "after healing"]
+    names = [
+        "base",
+        "mean-pooled GQA, no training",
+        "after fusion, before the collapse",
+        "after the collapse",
+        "after healing",
+    ]
     assert list(facts["losses"]) == names and len(facts["fusion"]) == 4 and facts["training_tokens"] == 6 * 8 * 64
+    assert {(row["layer"], row["kind"]) for row in facts["similarity"]} == {
+        (i, k) for i in (0, 5) for k in ("key", "value")
+    }
     assert facts["losses"]["after healing"] < facts["losses"]["after the collapse"]
     assert type(AutoModelForCausalLM.from_pretrained(out)).__name__ == "DhaLlamaForCausalLM"
     assert PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(DEMO), out / "adapter")
@@ -48,7 +57,8 @@ def test_a_killed_run_goes_on(dha, tmp_path, monkeypatch):
     arguments = ["train", DEMO, "-o", out, "--steps", 2, "--heal-steps", 1, *SMALL]
     with monkeypatch.context() as patch:
         patch.setattr(sys.modules["dha_peft.cli.train"], "heal", _kill)
-        assert dha(*arguments)[0] != 0
+        status, text, _ = dha(*arguments)
+        assert status == 130 and "--resume goes on" in text
     assert not out.exists() and (partial_folder(out) / "adapter").is_dir()
     status, _, err = dha(*arguments)
     assert status == 1 and "--resume" in err

@@ -6,8 +6,12 @@ import re
 import shlex
 from pathlib import Path
 
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+
 from dha_peft.cli import main
 from dha_peft.cli.settings import load_run
+from dha_peft.texts import token_batches
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -23,8 +27,8 @@ CUT = [
 ]
 
 
-def block(language):
-    return re.search(rf"```{language}\n(.*?)```", README, re.DOTALL)[1]
+def block(language, text=README):
+    return re.search(rf"```{language}\n(.*?)```", text, re.DOTALL)[1]
 
 
 def test_every_command_runs(tmp_path, monkeypatch):
@@ -45,3 +49,22 @@ def test_every_command_runs(tmp_path, monkeypatch):
 def test_the_run_file_is_valid(tmp_path):
     (tmp_path / "run.yaml").write_text(block("yaml"))
     assert load_run(tmp_path / "run.yaml").train.arguments == {"gradient_accumulation_steps": 2}
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+def test_the_python_code_runs(tmp_path, monkeypatch, page):
+    """As it stands, but for the model's name and the upload, which has a test of its own."""
+    monkeypatch.chdir(tmp_path)
+    demo = ROOT / "examples" / "demo_model"
+    lines = block("python", (ROOT / page).read_text(encoding="utf-8")).replace("path/or/id", str(demo)).splitlines()
+    tokenizer = AutoTokenizer.from_pretrained(demo)
+    batches = token_batches(tokenizer, [demo / "text" / "calibration.jsonl.xz"], tokens=1024, length=128)
+    given = {
+        "batches": batches, "base": AutoModelForCausalLM.from_pretrained(demo),
+        "data": [{"input_ids": row, "labels": row} for row in batches[0]["input_ids"]],
+        "args": TrainingArguments("out", max_steps=2, report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True),
+    }  # fmt: skip
+    exec("\n".join(line for line in lines if "push_to_hub" not in line), given)
+    assert sum(given["small"].config.num_key_heads + given["small"].config.num_value_heads) == 24
+    if page == "README.md":
+        assert type(given["merged"]).__name__ == "DhaLlamaForCausalLM"
