@@ -37,7 +37,8 @@ class Validation:
 class Training:
     """Fusion of the adapter, then healing of the merged model. `files` default to the calibration's.
 
-    `objective` is "base" (KL from the base model) or "text" (next token). `arguments` takes any field of
+    `objective` is "base" (distance from the base model) or "text" (next token). Without a `heal_learning_rate` it is that of
+    `dha_peft.training.heal`. `arguments` takes any field of
     `transformers.TrainingArguments`; `heal_arguments` overrides them in the healing stage.
     """
 
@@ -47,7 +48,7 @@ class Training:
     steps: int = 100
     learning_rate: float = 5e-3
     heal_steps: int = 0
-    heal_learning_rate: float = 4e-4
+    heal_learning_rate: float | None = None
     objective: str = "base"
     arguments: dict[str, Any] = field(default_factory=dict)
     heal_arguments: dict[str, Any] = field(default_factory=dict)

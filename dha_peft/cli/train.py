@@ -73,6 +73,10 @@ def train(
     run_train(run, config, resume)
 
 
+HEALING_ARGUMENTS = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "adam_beta2", "weight_decay")
+"""What the healing stage takes from `dha_peft.training.heal`."""
+
+
 def check_run(run: Run, resume: bool = False) -> None:
     """Raise ValueError for what would stop the run later on."""
     check_free(run.output, resume)
@@ -178,13 +182,17 @@ def references(
 
 
 def heal(run: Run, folder: Path, small: nn.Module, rows: list) -> None:
-    """Train all weights of the merged model, with the base as teacher unless the objective is the text."""
-    part = run.train
+    """Train the merged model, with the base as teacher unless the objective is the text; in fp32, as small updates of half-precision
+    weights are lost to rounding."""
+    from ..training.healing import default_arguments  # brings the Trainer, see `_train`
+
+    part, dtype = run.train, small.dtype
     teacher = load_model(run.model, run) if part.objective == "base" else None
-    _train(
-        run, small, rows, folder / "healing", part.heal_steps, part.heal_learning_rate, part.heal_arguments, teacher, []
-    )
-    small.eval()
+    usual = default_arguments(small, part.heal_steps)
+    rate = part.heal_learning_rate or usual["learning_rate"]
+    extra = {name: usual[name] for name in HEALING_ARGUMENTS} | part.heal_arguments
+    _train(run, small.float(), rows, folder / "healing", part.heal_steps, rate, extra, teacher, [])
+    small.to(dtype).eval()
 
 
 def _train(run, model, rows, folder, steps, rate, extra, teacher, callbacks):

@@ -7,6 +7,7 @@ base is given as `teacher`.
 from __future__ import annotations
 
 import tempfile
+import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -78,17 +79,21 @@ class DHATrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **_: Any
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        # The Trainer sets autocast inside of the model's own forward, but teacher and heads are called from here.
+        with self.accelerator.autocast():
+            loss = self._loss(model, inputs)
+        return (loss, {"loss": loss.detach()}) if return_outputs else loss
+
+    def _loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         ids, objective = inputs["input_ids"], self.healing.objective
         if not self._head_checked:
             check_head(self.accelerator.unwrap_model(model), ids[:1, :8])
             self._head_checked = True
         if isinstance(self.teacher, TeacherCache):
-            loss = cached_loss(model, inputs, objective)
-            return (loss, {"loss": loss.detach()}) if return_outputs else loss
+            return cached_loss(model, inputs, objective)
         progress = self.state.global_step / max(self.state.max_steps, 1)
         objective = replace(objective, hidden=objective.hidden * (1 - progress))
-        loss = healing_loss(model, ids, inputs.get("attention_mask"), self.teacher, objective)
-        return (loss, {"loss": loss.detach()}) if return_outputs else loss
+        return healing_loss(model, ids, inputs.get("attention_mask"), self.teacher, objective)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW as the arguments say, with the rates of the parts, unless an optimizer was given."""
@@ -171,6 +176,12 @@ def heal(
     rows = [{"input_ids": row} for row in data] if isinstance(data, Tensor) else data
     if not len(rows):
         raise ValueError("`data` has no row; give at least one row of token ids.")
+    if student.dtype in (torch.float16, torch.bfloat16) and not isinstance(student, PeftModel):
+        warnings.warn(
+            f"`student` holds {student.dtype} weights, in which small updates are lost to rounding; heal it in float32 (`student.float()`) and "
+            "convert it back afterwards.",
+            stacklevel=2,
+        )
     batch_tokens = batch_tokens or (8192 if isinstance(student, PeftModel) else 4096)
     batch = max(batch_tokens // len(rows[0]["input_ids"]), 1)
     fusions = [

@@ -175,7 +175,8 @@ def check_head(model: nn.Module, input_ids: Tensor) -> None:
     states = _states(model, model, {"input_ids": input_ids}, every=False)
     expected = model(input_ids=input_ids, use_cache=False).logits
     model.train(training)
-    if not torch.allclose(causal.get_output_embeddings()(states[-1]).float(), expected.float(), atol=1e-2, rtol=1e-2):
+    found = causal.get_output_embeddings()(states[-1]).float()
+    if (found - expected.float()).norm() > 0.03 * expected.float().norm():  # beyond half-precision rounding
         raise ValueError(
             f"`{type(causal).__name__}` changes its logits after its head, which the chunked KL does not follow; "
             "use the plain Trainer with next-token loss."
