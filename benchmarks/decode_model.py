@@ -144,8 +144,7 @@ def model_results(
     """Measure every named model in turn; only one is in memory at a time."""
     for name in names:
         model = build(name, shape, device, dtype)
-        keys = shape.query_heads if name == "mha" else (shape.key_heads + shape.value_heads) // 2
-        heads = (shape.key_heads, shape.value_heads) if name == "dha" else (keys, keys)
+        heads = heads_of(name, shape)
         result = Result(
             "model", f"{name} {kind}{' compiled' if compiled else ''}", shape.batch, shape.context, shape.query_heads,
             *heads, shape.hidden // shape.query_heads, str(dtype).removeprefix("torch."), device.type,
@@ -198,13 +197,25 @@ def _fill(
         torch.cuda.reset_peak_memory_stats()
     cache = filled_cache(model, shape, shape.batch, kind, WARM_STEPS + steps)
     result.ms = step_milliseconds(model, cache, shape.batch, steps, compiled)
-    embedding = model.get_input_embeddings().weight
-    read = sum(p.numel() * p.element_size() for p in model.parameters()) - embedding.numel() * embedding.element_size()
-    per_token = (result.key_heads + result.value_heads) * result.head_dim * embedding.element_size() * shape.layers
-    result.gb_s = (read + per_token * shape.batch * shape.context) / result.ms / 1e6
+    result.gb_s = step_bytes(model, shape, (result.key_heads, result.value_heads)) / result.ms / 1e6
     result.share_of_copy, result.tokens_s = result.gb_s / copy, shape.batch / result.ms * 1000
     if device.type == "cuda":
         result.peak_gib = torch.cuda.max_memory_allocated() / 2**30
+
+
+def step_bytes(model: PreTrainedModel, shape: ModelShape, heads: tuple[int, int]) -> int:
+    """What a decode step has to read: every weight but the embedding table, and `heads` key and value heads a layer."""
+    embedding = model.get_input_embeddings().weight
+    read = sum(p.numel() * p.element_size() for p in model.parameters()) - embedding.numel() * embedding.element_size()
+    per_token = sum(heads) * shape.hidden // shape.query_heads * embedding.element_size() * shape.layers
+    return read + per_token * shape.batch * shape.context
+
+
+def heads_of(name: str, shape: ModelShape) -> tuple[int, int]:
+    """Key and value heads of the model that `build` makes."""
+    if name == "dha":
+        return shape.key_heads, shape.value_heads
+    return ((shape.query_heads if name == "mha" else (shape.key_heads + shape.value_heads) // 2),) * 2
 
 
 @torch.no_grad()
