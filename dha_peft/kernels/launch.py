@@ -108,8 +108,8 @@ def launch_decode(
     if mask is not None and plain is None:
         start, length, plain = launch_bounds(mask, batch)
     start, length, plain = (x if x is None else x.contiguous() for x in (start, length, plain))
-    # Tiles of at least 64 columns: narrower ones mix two kinds of matrix instruction, which Triton 3.6 compiles wrongly
-    # (4 warps) or not at all (8).
+    # Tiles of at least 64 columns: a narrower one is read by two kinds of matrix instruction, and Triton 3.6 then loads the
+    # next tile over it before the slower kind has read it (one buffer too few).
     rows, num_keys, block_d = heads * tokens, k.shape[2], max(64, triton.next_power_of_2(dim))
     processors, shared_memory, pdl = _device(q.device.index or 0)
     tiling = tiling or choose_tiling(rows, block_d, shared_memory)
