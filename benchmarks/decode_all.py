@@ -21,12 +21,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from decode_measure import Result, write_csv
-from decode_model import ModelShape, generate_results, heads_of
+from decode_model import ModelShape, build, generate_results, heads_of, prefill_milliseconds
 from decode_step import Job
 
 ROOT, BEGIN = Path(__file__).resolve().parents[1], time.time()
 MODE = "reduce-overhead"
-GENERATE = ("generate:dynamic:6:16x2048", "generate:static:6:16x2048")
+OTHERS = ("generate:dynamic:6:16x2048", "generate:static:6:16x2048", "prefill:dynamic:8:4x4096")
 FIRST = tuple(f"{name}:{MODE}:16:1x{context}" for context in (512, 32768) for name in ("mha", "dha+fused"))
 FIRST = (*FIRST, f"gqa:{MODE}:8:16x4096")
 SECOND = (f"dha+fused:{MODE}:32:16x4096", f"mha:{MODE}:32:16x4096")
@@ -37,20 +37,25 @@ def say(text: str) -> None:
 
 
 def worker(job: str) -> None:
-    """One `generate` job: cache, layers, batch x context. Runs once to compile, once to be timed."""
+    """What : cache : layers : batch x context. Runs once to compile, once to be timed."""
     import torch
 
     import dha_peft  # noqa: F401  plugs the kernel in
 
-    _, cache, layers, batch, context = re.fullmatch(r"(\w+):(\w+):(\d+):(\d+)x(\d+)", job).groups()
-    shape = ModelShape(layers=int(layers), batch=int(batch), context=int(context))
+    what, cache, shape = _job(job)
+    device, dtype = torch.device("cuda"), torch.bfloat16
 
     def run(steps: int) -> dict[str, float]:
         torch.manual_seed(0)
         torch._dynamo.reset()
         torch.cuda.empty_cache()
-        results = generate_results(["dha"], shape, torch.device("cuda"), torch.bfloat16, steps, cache)
-        return {result.name.split()[1]: result.ms for result in results}
+        if what == "generate":
+            results = generate_results(["dha"], shape, device, dtype, steps, cache)
+            return {result.name: result.ms for result in results}
+        names = ("mha", "gqa", "dha", "pairs")
+        return {
+            name: prefill_milliseconds(build(name, shape, device, dtype), shape.batch, shape.context) for name in names
+        }
 
     run(8)
     print("READY", round(time.time() - BEGIN, 1), flush=True)
@@ -58,8 +63,14 @@ def worker(job: str) -> None:
     print("RESULT", json.dumps({"job": job, "times": run(48)}), flush=True)
 
 
+def _job(text: str) -> tuple[str, str, ModelShape]:
+    """Its first two words and its shape."""
+    first, second, layers, batch, context = re.fullmatch(r"([\w+]+):([\w+-]+):(\d+):(\d+)x(\d+)", text).groups()
+    return first, second, ModelShape(layers=int(layers), batch=int(batch), context=int(context))
+
+
 def start(jobs: tuple[str, ...]) -> list[Job]:
-    return [Job(job, __file__) if job.startswith("generate") else Job(job) for job in jobs]
+    return [Job(job, __file__) if job in OTHERS else Job(job) for job in jobs]
 
 
 def timed(jobs: list[Job], seconds: float, device: str) -> list[Result]:
@@ -76,30 +87,31 @@ def timed(jobs: list[Job], seconds: float, device: str) -> list[Result]:
         if job.result is None:
             say(f"no result of {job.text}: {' / '.join(job.tail)}")
             continue
-        results += _generated(job.result, device) if "times" in job.result else [_step(job.result, device)]
-        say(results[-1].line())
+        found = _several(job.result, device) if "times" in job.result else [_step(job.result, device)]
+        for result in found:
+            say(result.line())
+        results += found
     return results
 
 
 def _step(result: dict, device: str) -> Result:
-    name, _, layers, batch, context = re.split(r":|x(?=\d)", result["job"])
-    shape, ms = ModelShape(batch=int(batch), context=int(context)), result["ms"]
     spent = ", ".join(f"{kernel[:24]} {busy:.3f}" for kernel, busy, _ in result.get("kernels", [])[:3])
     say(f"   {spent}")
-    heads = heads_of(name.split("+")[0], shape)
+    (name, _, shape), ms = _job(result["job"]), result["ms"]
     return Result(
-        "model", f"{name} static compiled", shape.batch, shape.context, shape.query_heads, *heads, 128, "bfloat16", device,
-        ms, result["bytes"] / ms / 1e6, tokens_s=shape.batch / ms * 1000, peak_gib=result["peak_gib"],
-        note=f"{layers} layers",
+        "model", f"{name} static compiled", shape.batch, shape.context, shape.query_heads,
+        *heads_of(name.split("+")[0], shape), 128, "bfloat16", device, ms, result["bytes"] / ms / 1e6,
+        tokens_s=shape.batch / ms * 1000, peak_gib=result["peak_gib"], note=f"{shape.layers} layers",
     )  # fmt: skip
 
 
-def _generated(result: dict, device: str) -> list[Result]:
-    _, cache, layers, batch, context = re.split(r":|x(?=\d)", result["job"])
+def _several(result: dict, device: str) -> list[Result]:
+    what, _, shape = _job(result["job"])
+    tokens = shape.batch * (shape.context if what == "prefill" else 1)
     return [
-        Result("generate", f"dha {way} {cache}", int(batch), int(context), 32, 8, 8, 128, "bfloat16", device, ms,
-               tokens_s=int(batch) / ms * 1000, note=f"{layers} layers")
-        for way, ms in result["times"].items()
+        Result(what, name, shape.batch, shape.context, shape.query_heads, *heads_of(name.split()[0], shape), 128,
+               "bfloat16", device, ms, tokens_s=tokens / ms * 1000, note=f"{shape.layers} layers")
+        for name, ms in result["times"].items()
     ]  # fmt: skip
 
 
@@ -148,7 +160,7 @@ def main() -> None:
     say(f"torch {torch.__version__}, {device}, {os.cpu_count()} processors")
     args.out.mkdir(parents=True, exist_ok=True)
     parallel = ("-p", "xdist", "-n", str(args.processes)) if args.processes else ()
-    jobs = start((*FIRST, *GENERATE))
+    jobs = start((*FIRST, *OTHERS))
     run("tests", 60, "-m", "pytest", "tests/kernels", "-q", "--tb=line", "-p", "no:cacheprovider", *parallel)
     results = timed(jobs, 25, device)
     write_csv(args.out / "decode_model.csv", results)
