@@ -39,7 +39,9 @@ class Result:
         shape = f"{self.kind:9s} {self.batch:4d} x {self.context:<6d} {heads:>6s} of {self.query_heads:<3d}"
         if self.ms != self.ms:
             return f"{shape} {self.name:22s} not measured: {self.note}"
-        text = f"{shape} {self.name:22s} {self.ms:9.4f} ms {self.gb_s:8.1f} GB/s {self.share_of_copy:6.1%} of copy"
+        text = f"{shape} {self.name:22s} {self.ms:9.4f} ms"
+        text += f" {self.gb_s:8.1f} GB/s" if self.gb_s == self.gb_s else ""
+        text += f" {self.share_of_copy:6.1%} of copy" if self.share_of_copy == self.share_of_copy else ""
         text += f" {self.tokens_s:10.0f} tokens/s" if self.tokens_s == self.tokens_s else ""
         text += f"  peak {self.peak_gib:.1f} GiB" if self.peak_gib == self.peak_gib else ""
         text += f"  largest batch {self.largest_batch}" if self.largest_batch else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from dha_peft.models.cache_view import CacheView
 from dha_peft.plan import DHAPlan, LayerPlan
 
 WARM_STEPS = 6
+Groups = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class ModelShape:
 
 
 def build(name: str, shape: ModelShape, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """Name "mha", "gqa" (as many KV heads as ours on average) or "dha" (random groups), with random weights."""
+    """Name "mha", "gqa" (as many KV heads as ours on average), "dha" (random groups) or "pairs" (a key head and a value head
+    for each run of neighbouring query heads), with random weights."""
     kv_heads = (shape.key_heads + shape.value_heads) // 2 if name == "gqa" else shape.query_heads
     config = LlamaConfig(
         vocab_size=shape.vocab, hidden_size=shape.hidden, intermediate_size=shape.intermediate,
@@ -42,16 +44,14 @@ def build(name: str, shape: ModelShape, device: torch.device, dtype: torch.dtype
     )  # fmt: skip
     with torch.device(device):
         model = LlamaForCausalLM._from_config(config, dtype=dtype).eval()
-    return _fused(model, shape) if name == "dha" else model
+    return _fused(model, shape, _random_groups if name == "dha" else _runs) if name in ("dha", "pairs") else model
 
 
-def _fused(base: PreTrainedModel, shape: ModelShape) -> PreTrainedModel:
+def _fused(base: PreTrainedModel, shape: ModelShape, groups: Callable[[int, int], Groups]) -> PreTrainedModel:
     head_dim = shape.hidden // shape.query_heads
     layers, weights = [], []
     for layer in base.model.layers:
-        plan = LayerPlan(
-            _random_groups(shape.query_heads, shape.key_heads), _random_groups(shape.query_heads, shape.value_heads)
-        )
+        plan = LayerPlan(groups(shape.query_heads, shape.key_heads), groups(shape.query_heads, shape.value_heads))
         attention = layer.self_attn
         layers.append(plan)
         weights.append({
@@ -62,9 +62,14 @@ def _fused(base: PreTrainedModel, shape: ModelShape) -> PreTrainedModel:
     return build_merged(base, DHAPlan(tuple(layers), head_dim), weights, share=True)
 
 
-def _random_groups(heads: int, groups: int) -> tuple[tuple[int, ...], ...]:
+def _random_groups(heads: int, groups: int) -> Groups:
     order = torch.randperm(heads).tolist()
     return tuple(tuple(order[index::groups]) for index in range(groups))
+
+
+def _runs(heads: int, groups: int) -> Groups:
+    size = heads // groups
+    return tuple(tuple(range(index * size, (index + 1) * size)) for index in range(groups))
 
 
 def filled_cache(
@@ -108,6 +113,20 @@ def step_milliseconds(
     return (time.perf_counter() - begin) * 1000 / steps
 
 
+@torch.no_grad()
+def prefill_milliseconds(model: PreTrainedModel, batch: int, tokens: int, repeats: int = 3) -> float:
+    """Wall time of a forward pass over a prompt into an empty dynamic cache, logits of the last token only."""
+    device, times = next(model.parameters()).device, []
+    ids = torch.randint(1, model.config.vocab_size, (batch, tokens), device=device)
+    for _ in range(1 + repeats):
+        _synchronize(device)
+        begin = time.perf_counter()
+        model(ids, past_key_values=DynamicCache(config=model.config), use_cache=True, logits_to_keep=1)
+        _synchronize(device)
+        times.append((time.perf_counter() - begin) * 1000)
+    return sorted(times[1:])[repeats // 2]
+
+
 class Clock(StoppingCriteria):
     """Never stops; notes when `generate` has made its first `skip` tokens."""
 
@@ -144,8 +163,7 @@ def model_results(
     """Measure every named model in turn; only one is in memory at a time."""
     for name in names:
         model = build(name, shape, device, dtype)
-        keys = shape.query_heads if name == "mha" else (shape.key_heads + shape.value_heads) // 2
-        heads = (shape.key_heads, shape.value_heads) if name == "dha" else (keys, keys)
+        heads = heads_of(name, shape)
         result = Result(
             "model", f"{name} {kind}{' compiled' if compiled else ''}", shape.batch, shape.context, shape.query_heads,
             *heads, shape.hidden // shape.query_heads, str(dtype).removeprefix("torch."), device.type,
@@ -198,13 +216,25 @@ def _fill(
         torch.cuda.reset_peak_memory_stats()
     cache = filled_cache(model, shape, shape.batch, kind, WARM_STEPS + steps)
     result.ms = step_milliseconds(model, cache, shape.batch, steps, compiled)
-    embedding = model.get_input_embeddings().weight
-    read = sum(p.numel() * p.element_size() for p in model.parameters()) - embedding.numel() * embedding.element_size()
-    per_token = (result.key_heads + result.value_heads) * result.head_dim * embedding.element_size() * shape.layers
-    result.gb_s = (read + per_token * shape.batch * shape.context) / result.ms / 1e6
+    result.gb_s = step_bytes(model, shape, (result.key_heads, result.value_heads)) / result.ms / 1e6
     result.share_of_copy, result.tokens_s = result.gb_s / copy, shape.batch / result.ms * 1000
     if device.type == "cuda":
         result.peak_gib = torch.cuda.max_memory_allocated() / 2**30
+
+
+def step_bytes(model: PreTrainedModel, shape: ModelShape, heads: tuple[int, int]) -> int:
+    """What a decode step has to read: every weight but the embedding table, and `heads` key and value heads a layer."""
+    embedding = model.get_input_embeddings().weight
+    read = sum(p.numel() * p.element_size() for p in model.parameters()) - embedding.numel() * embedding.element_size()
+    per_token = sum(heads) * shape.hidden // shape.query_heads * embedding.element_size() * shape.layers
+    return read + per_token * shape.batch * shape.context
+
+
+def heads_of(name: str, shape: ModelShape) -> tuple[int, int]:
+    """Key and value heads of the model that `build` makes."""
+    if name in ("dha", "pairs"):
+        return shape.key_heads, shape.value_heads
+    return ((shape.query_heads if name == "mha" else (shape.key_heads + shape.value_heads) // 2),) * 2
 
 
 @torch.no_grad()

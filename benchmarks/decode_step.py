@@ -28,7 +28,7 @@ EXTRA = {"combo": "combo_kernels", "pdl": "triton.enable_pdl"}
 def worker(job: str) -> None:
     import torch
     import torch._inductor
-    from decode_model import ModelShape, build, filled_cache
+    from decode_model import ModelShape, build, filled_cache, heads_of, step_bytes
 
     import dha_peft  # noqa: F401  plugs the kernel in
 
@@ -36,7 +36,9 @@ def worker(job: str) -> None:
     shape = ModelShape(layers=int(layers), batch=int(batch), context=int(context))
     device, begin = torch.device("cuda"), time.perf_counter()
     torch.manual_seed(0)
-    model = build(model_name.split("+")[0], shape, device, torch.bfloat16)
+    kind = model_name.split("+")[0]
+    model = build(kind, shape, device, torch.bfloat16)
+    read = step_bytes(model, shape, heads_of(kind, shape))
     cache = filled_cache(model, shape, shape.batch, "static", ROOM)
     with torch.no_grad():
         if model_name.endswith("+fused"):
@@ -67,7 +69,7 @@ def worker(job: str) -> None:
             start = time.perf_counter()
             token = steps(20, token)
             times.append((time.perf_counter() - start) / 20 * 1000)
-        result = {"job": job, "ms": sorted(times)[REPEATS // 2], "all_ms": times}
+        result = {"job": job, "ms": sorted(times)[REPEATS // 2], "all_ms": times, "bytes": read}
         result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         print("RESULT", json.dumps(result), flush=True)
         from torch.profiler import ProfilerActivity, profile
@@ -89,10 +91,12 @@ def worker(job: str) -> None:
 
 
 class Job:
-    def __init__(self, text: str) -> None:
+    """A worker in its own process: it prints READY, waits for `go`, and prints RESULT."""
+
+    def __init__(self, text: str, script: str = __file__) -> None:
         self.text, self.result, self.ready = text, None, threading.Event()
         self.done, self.tail = threading.Event(), []
-        command = [sys.executable, __file__, "--worker", text]
+        command = [sys.executable, script, "--worker", text]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         self.process = subprocess.Popen(command, text=True, **pipes)
         threading.Thread(target=self._read, daemon=True).start()
@@ -109,14 +113,15 @@ class Job:
         self.ready.set()
         self.done.set()
 
-    def go(self) -> None:
+    def go(self, seconds: float = 25) -> None:
         try:
             self.process.stdin.write("go\n")
             self.process.stdin.flush()
         except OSError:
             return
-        self.done.wait(25)
+        self.done.wait(seconds)
         self.process.kill()
+        self.process.wait()  # its memory is free only then
 
 
 def wait_for(processes: list[int], seconds: float = 120) -> None:

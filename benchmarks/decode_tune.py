@@ -14,7 +14,7 @@ import multiprocessing
 import statistics
 import sys
 import time
-from dataclasses import astuple, replace
+from dataclasses import astuple
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -35,14 +35,16 @@ COLD = ((16, 4096, 8, 8), (1, 32768, 8, 8))
 def tilings() -> list:
     from dha_peft.kernels.launch import Tiling
 
-    small, large = Tiling(ROWS, 64, 4, 4, 2), Tiling(ROWS, 128, 4, 3, 2)
-    wide, huge = Tiling(ROWS, 128, 8, 5, 1), Tiling(ROWS, 256, 8, 3, 1)
-    some = [small, large, wide, replace(small, stages=3, per_processor=3)]
-    some += [replace(base, deal=True) for base in (small, large, wide, huge)]
-    for base in (small, large):
-        some += [replace(base, early=True, prefetch=2), replace(base, deal=True, early=True, prefetch=2)]
-    some += [replace(large, prefetch=2), replace(large, deal=True, prefetch=2)]
-    return some
+    shapes = (
+        (128, 8, 6, 1),
+        (128, 8, 5, 1),
+        (64, 8, 8, 1),
+        (256, 8, 3, 1),
+        (64, 4, 4, 2),
+        (128, 4, 3, 2),
+        (64, 4, 3, 3),
+    )
+    return [Tiling(ROWS, *shape) for shape in shapes]
 
 
 class Work:
@@ -81,11 +83,11 @@ class Work:
         slots = torch.cuda.get_device_properties(0).multi_processor_count * tiling.per_processor
         batch, _, keys, _ = self.caches[0][0].shape
         heads = sum(cache.shape[1] for cache in self.caches[0])
-        best = choose_splits(batch, slots, keys, heads, ROWS)
+        best = choose_splits(batch, slots, keys, heads, ROWS, tiling.keys)
         even = max(1, slots // batch)
         blocks = -(-keys // tiling.keys)
         rounds = -(-blocks // even)
-        return sorted({best, -(-blocks // rounds)} | ({2 * best} if tiling.deal and batch > 1 else set()))
+        return sorted({best, -(-blocks // rounds), 2 * best})
 
 
 def warm(tiling) -> tuple:

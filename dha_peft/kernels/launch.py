@@ -14,27 +14,19 @@ from .triton_decode import attend_kernel, combine_kernel
 
 MAX_SPLITS = 512
 _LOG2E = 1.4426950408889634
-# Bytes that a multiprocessor keeps on the way: several times bandwidth x latency, with room for two programs.
-_IN_FLIGHT = 96 * 1024
+# Bytes that one program keeps on the way: several times what a multiprocessor's bandwidth x latency comes to.
+_IN_FLIGHT = 160 * 1024
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """Shape of one program: `rows` (query heads x tokens), `keys` per tile, and what it needs of a multiprocessor.
-
-    `early`: the second kernel may be launched as soon as the first runs, not only when it nears its end.
-    `prefetch`: tiles that a program asks for before the kernel ahead of it is done.
-    `deal`: programs of a sequence take blocks of keys in turn, instead of one stretch each.
-    """
+    """Shape of one program: `rows` (query heads x tokens), `keys` per tile, and what it needs of a multiprocessor."""
 
     rows: int
     keys: int
     warps: int
     stages: int
     per_processor: int
-    early: bool = False
-    prefetch: int = 0
-    deal: bool = False
 
 
 @lru_cache(maxsize=512)
@@ -42,35 +34,43 @@ def choose_tiling(rows: int, block_d: int, shared_memory: int) -> Tiling:
     """Tiles that keep the accumulators in registers and fill shared memory with loads in flight.
 
     Args:
-        rows: query heads x tokens. block_d: head size rounded up to a power of two.
+        rows: query heads x tokens. block_d: columns of a tile.
         shared_memory: bytes that one program may use.
+
+    On an H100 one program of 8 warps with 128 keys a tile was the fastest for 32 query heads of 128 at every size
+    (`benchmarks/decode_tune.py`); two smaller programs per multiprocessor took 1 to 6 % longer.
     """
     rows = min(128 if block_d <= 128 else 64, max(16, triton.next_power_of_2(rows)))
-    small = rows <= 32 and block_d <= 128
-    keys = 128 if rows == 64 and block_d == 128 else 64
-    per_processor = 2 if small and shared_memory >= 200_000 else 1
+    fits = [keys for keys in (128, 64, 32) if keys * block_d <= 128 * 128 and (rows <= 32 or keys < 128)]
+    deep = [keys for keys in fits if _stages(rows, keys, block_d, shared_memory) >= 4]
+    keys = deep[0] if deep else fits[-1]
+    return Tiling(rows, keys, 8, _stages(rows, keys, block_d, shared_memory), 1)
+
+
+def _stages(rows: int, keys: int, block_d: int, shared_memory: int) -> int:
+    """Tiles in shared memory, beside the queries and the probabilities."""
     tile = keys * block_d * 2
-    room = shared_memory // per_processor - rows * (block_d + keys) * 2 - 4096
-    stages = min(8, 1 + _IN_FLIGHT // per_processor // tile, room // tile)
-    return Tiling(rows, keys, 4 if small else 8, max(2, stages), per_processor)
+    room = shared_memory - rows * (block_d + keys) * 2 - 4096
+    return max(2, min(8, 1 + _IN_FLIGHT // tile, room // tile))
 
 
 @lru_cache(maxsize=4096)
-def choose_splits(tasks: int, slots: int, num_keys: int, heads_read: int, rows: int) -> int:
-    """Number of stretches per sequence that finishes first.
+def choose_splits(tasks: int, slots: int, num_keys: int, heads_read: int, rows: int, tile: int) -> int:
+    """Number of programs per sequence that finish first.
 
     Args:
         tasks: programs without splitting. slots: programs that run at once. num_keys: capacity of the cache.
-        heads_read: key heads + value heads. rows: query rows of a program.
+        heads_read: key heads + value heads. rows: query rows of a program. tile: keys of a tile.
 
     The cost is counted in half-precision head vectors: what the busiest slot reads, plus the partial outputs
-    (float32, written and read once) that it adds.
+    (float32, written and read once) that it adds. Whole waves win: a second, half empty one costs as much as a full one.
     """
 
     def cost(splits: int) -> float:
         waves = -(-tasks * splits // slots)
-        partial = 0 if splits == 1 else waves * rows * 4
-        return waves * -(-num_keys // splits) * heads_read + partial
+        even = -(-num_keys // splits)
+        keys = -(-even // 16) * 16 if even <= tile else -(-even // tile) * tile
+        return waves * (keys * heads_read + (0 if splits == 1 else rows * 4))
 
     most = max(1, min(MAX_SPLITS, -(-num_keys // 32)))
     return min(range(1, most + 1), key=cost)
@@ -108,12 +108,15 @@ def launch_decode(
     if mask is not None and plain is None:
         start, length, plain = launch_bounds(mask, batch)
     start, length, plain = (x if x is None else x.contiguous() for x in (start, length, plain))
-    rows, num_keys, block_d = heads * tokens, k.shape[2], max(16, triton.next_power_of_2(dim))
+    # Tiles of at least 64 columns: a narrower one is read by two kinds of matrix instruction, and Triton 3.6 then loads the
+    # next tile over it before the slower kind has read it (one buffer too few).
+    rows, num_keys, block_d = heads * tokens, k.shape[2], max(64, triton.next_power_of_2(dim))
     processors, shared_memory, pdl = _device(q.device.index or 0)
     tiling = tiling or choose_tiling(rows, block_d, shared_memory)
     row_blocks = -(-rows // tiling.rows)
     slots = processors * tiling.per_processor
-    splits = splits or choose_splits(batch * row_blocks, slots, num_keys, k.shape[1] + v.shape[1], tiling.rows)
+    heads_read = k.shape[1] + v.shape[1]
+    splits = splits or choose_splits(batch * row_blocks, slots, num_keys, heads_read, tiling.rows, tiling.keys)
     out = q.new_empty(batch, tokens, heads, dim).transpose(1, 2)
     part, lse = _partials(q, splits, rows)
     attend_kernel[(splits, row_blocks, batch)](
@@ -123,8 +126,7 @@ def launch_decode(
         0.0 if _mask_kind(mask) < 2 else torch.finfo(mask.dtype).min / 2,
         TOKENS=tokens, DIM=dim, BLOCK_D=block_d, ROWS=tiling.rows, KEYS=tiling.keys, STAGES=tiling.stages,
         ALIGN=_alignment(k, v), MASK=_mask_kind(mask), HAS_START=start is not None, HAS_LENGTH=length is not None,
-        SPLIT=splits > 1, PDL=(2 if tiling.early else 1) if pdl else 0,
-        PREFETCH=tiling.prefetch if pdl and block_d >= 64 else 0, DEAL=tiling.deal, num_warps=tiling.warps, **({"launch_pdl": True} if pdl else {}),
+        SPLIT=splits > 1, PDL=pdl, num_warps=tiling.warps, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     if splits > 1:
         _combine(part, lse, out, pdl)

@@ -14,6 +14,10 @@ from .maps import HeadMaps
 MAX_QUERIES = 4
 """Longest run of new tokens that takes the grouped path; longer ones (prefill) are better served by stock kernels."""
 
+FLOAT32_BELOW = 2**18
+"""Half-precision heads of at most so many numbers are multiplied in float32 on a CPU. oneDNN prepares a half-precision
+product anew for every length of the cache, about 0.7 ms each, which is what converting so many numbers takes."""
+
 _PATHS = ("auto", "grouped", "expand")
 # Arguments of attention functions that change the result and that the grouped path does not know.
 _UNKNOWN = ("cache", "cu_seq_lens_q", "cu_seq_lens_k")
@@ -142,13 +146,21 @@ def _per_head(rows: Tensor, heads: Tensor) -> Tensor:
     `torch.matmul` would copy heads whose batch and head dimensions are not one stretch, such as a slice of a cache.
     """
     batch, groups, inner, outer = heads.shape
-    length = rows.shape[2]
+    length, dtype = rows.shape[2], heads.dtype
+    if _faster_in_float32(heads):
+        rows, heads = rows.float(), heads.float()
     rows = rows.reshape(batch * groups, -1, inner)
     if batch == 1 or heads.stride(0) == groups * heads.stride(1):
         found = torch.bmm(rows, heads.flatten(0, 1))
     else:
         found = torch.cat([torch.bmm(r, h) for r, h in zip(rows.split(groups), heads, strict=True)])
-    return found.view(batch, -1, length, outer)
+    return found.view(batch, -1, length, outer).to(dtype)
+
+
+def _faster_in_float32(heads: Tensor) -> bool:
+    if heads.device.type != "cpu" or heads.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return not torch.compiler.is_compiling() and heads.numel() <= FLOAT32_BELOW
 
 
 def _masked(scores: Tensor, mask: Tensor, maps: HeadMaps) -> Tensor:

@@ -80,7 +80,8 @@ def _mask(batch, tokens, keys, start, length):
 @pytest.mark.parametrize("keys", [1, 15, 128, 4096, 20000])
 @pytest.mark.parametrize("heads", [(8, 8), (3, 13), (5, 11), (1, 32)])
 def test_long_and_short_caches(keys, heads):
-    assert_agrees(make(1 if keys > 9999 else 9, 32, *heads, 1, keys, 128))
+    batch = 9 if keys < 1000 else 3 if keys < 10000 else 1  # the reference expands every head in float64
+    assert_agrees(make(batch, 32, *heads, 1, keys, 128))
 
 
 def test_unfilled_slots_are_never_read():

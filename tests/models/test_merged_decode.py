@@ -45,6 +45,38 @@ def test_grouped_equals_expanded(heads, keys, values, mask_kind):
     torch.testing.assert_close(torch.matmul(probs, full_value), out)
 
 
+@pytest.mark.parametrize("heads, keys, values", [(8, 3, 5), (7, 7, 1), (8, 2, 2), (12, 4, 6)])
+@pytest.mark.parametrize("mask_kind", ["bool", "additive"])
+def test_masks_of_their_own_per_head_on_some_heads_of_a_larger_cache(heads, keys, values, mask_kind):
+    torch.manual_seed(heads + values)
+    maps, (batch, queries, length, dim) = random_maps(heads, keys, values), (2, 3, 11, 8)
+    query = torch.randn(batch, heads, queries, dim, dtype=torch.float64)
+    key, value = (torch.randn(batch, n + 2, length, dim, dtype=torch.float64)[:, 1:-1] for n in (keys, values))
+    mask = torch.rand(batch, heads, queries, length) > 0.4
+    mask[..., 0] = True  # no row is all hidden
+    expected = scaled_dot_product_attention(
+        query, key[:, maps.key_map], value[:, maps.value_map], attn_mask=mask, scale=0.3
+    )
+    if mask_kind == "additive":
+        mask = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, -1e9)
+    out, probs = grouped_attention(query, key, value, maps, 0.3, mask)
+    torch.testing.assert_close(out, expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(torch.matmul(probs, value[:, maps.value_map]), out)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 1e-2), (torch.float16, 1.5e-3)])
+@pytest.mark.parametrize("length", [40, 1500])
+def test_half_precision_on_both_sides_of_the_float32_limit(dtype, tolerance, length):
+    torch.manual_seed(length)
+    maps, dim = random_maps(8, 3, 4), 64
+    query, key, value = (torch.randn(1, n, t, dim).to(dtype) for n, t in ((8, 1), (3, length), (4, length)))
+    assert (key.numel() <= decode.FLOAT32_BELOW) == (length == 40)
+    out, _ = grouped_attention(query, key, value, maps, 0.125, weights=False)
+    exact, _ = grouped_attention(query.double(), key.double(), value.double(), maps, 0.125, weights=False)
+    assert out.dtype == dtype
+    assert (out.double() - exact).norm() < tolerance * exact.norm()
+
+
 def test_decode_steps_are_grouped_and_equal_expansion(make_pair, prompts, reset_decode, monkeypatch):
     _, merged = make_pair()
     ids, mask = prompts
