@@ -1,8 +1,9 @@
-"""Everything that docs/results.md says of decoding on a GPU, in one go of about 100 s: tests, kernel, models, `generate`.
+"""Everything that docs/results.md says of decoding on a GPU, in one go of about 110 s: tests, kernel, models, `generate`.
 
     python benchmarks/decode_all.py --out results
+    python benchmarks/decode_all.py --out results --parts generate      # another 80 s: a static cache at full depth
 
-Writes `decode_kernel.csv` and `decode_model.csv`. Compiling is work for the host, so the jobs of a group compile side by
+Writes `decode_kernel.csv` and `decode_model.csv`, whose rows of parts that are not run stay. Compiling is work for the host, so the jobs of a group compile side by
 side, the first group beside the tests; then one at a time has the GPU. A group fits into 80 GB.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import operator
 import os
 import re
 import subprocess
@@ -20,13 +22,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from decode_measure import Result, write_csv
+from decode_measure import Result, read_csv, write_csv
 from decode_model import ModelShape, build, generate_results, heads_of, prefill_milliseconds
 from decode_step import Job
 
 ROOT, BEGIN = Path(__file__).resolve().parents[1], time.time()
 MODE = "reduce-overhead"
-OTHERS = ("generate:dynamic:6:16x2048", "generate:static:6:16x2048", "prefill:dynamic:8:4x4096")
+OTHERS = ("generate:dynamic:6:16x2048", "prefill:dynamic:8:4x4096")
+LONG = ("generate:static:32:16x2048",)
 FIRST = tuple(f"{name}:{MODE}:16:1x{context}" for context in (512, 32768) for name in ("mha", "dha+fused"))
 FIRST = (*FIRST, f"gqa:{MODE}:8:16x4096")
 SECOND = (f"dha+fused:{MODE}:32:16x4096", f"mha:{MODE}:32:16x4096")
@@ -37,7 +40,7 @@ def say(text: str) -> None:
 
 
 def worker(job: str) -> None:
-    """What : cache : layers : batch x context. Runs once to compile, once to be timed."""
+    """What : cache : layers : batch x context. Runs once to compile and once to be timed, unless it is alone on the machine."""
     import torch
 
     import dha_peft  # noqa: F401  plugs the kernel in
@@ -57,7 +60,8 @@ def worker(job: str) -> None:
             name: prefill_milliseconds(build(name, shape, device, dtype), shape.batch, shape.context) for name in names
         }
 
-    run(8)
+    if job not in LONG:
+        run(8)
     print("READY", round(time.time() - BEGIN, 1), flush=True)
     sys.stdin.readline()
     print("RESULT", json.dumps({"job": job, "times": run(48)}), flush=True)
@@ -70,7 +74,7 @@ def _job(text: str) -> tuple[str, str, ModelShape]:
 
 
 def start(jobs: tuple[str, ...]) -> list[Job]:
-    return [Job(job, __file__) if job in OTHERS else Job(job) for job in jobs]
+    return [Job(job, __file__) if job in OTHERS + LONG else Job(job) for job in jobs]
 
 
 def timed(jobs: list[Job], seconds: float, device: str) -> list[Result]:
@@ -83,7 +87,7 @@ def timed(jobs: list[Job], seconds: float, device: str) -> list[Result]:
             job.process.kill()
     say("compiled")
     for job in jobs:
-        job.go()
+        job.go(150 if job.text in LONG else 25)
         if job.result is None:
             say(f"no result of {job.text}: {' / '.join(job.tail)}")
             continue
@@ -146,11 +150,20 @@ def compare(results: list[Result]) -> None:
             say(f"generate reaches {share:.1%} of the loop with a {cache} cache")
 
 
+def add_csv(path: Path, results: list[Result]) -> None:
+    """Write these rows after those of other jobs that the file has already."""
+    key = operator.attrgetter("kind", "name", "batch", "context", "note")
+    known = {key(result) for result in results}
+    write_csv(path, [row for row in read_csv(path) if key(row) not in known] + results)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("."))
     parser.add_argument("--worker")
     parser.add_argument("--processes", type=int, default=6, help="of the tests (needs pytest-xdist), 0 for none")
+    parts = ["tests", "models", "kernel", "deep", "generate"]
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts[:-1])
     args = parser.parse_args()
     if args.worker:
         return worker(args.worker)
@@ -159,23 +172,20 @@ def main() -> None:
     device = torch.cuda.get_device_name()
     say(f"torch {torch.__version__}, {device}, {os.cpu_count()} processors")
     args.out.mkdir(parents=True, exist_ok=True)
-    parallel = ("-p", "xdist", "-n", str(args.processes)) if args.processes else ()
-    jobs = start((*FIRST, *OTHERS))
-    run("tests", 60, "-m", "pytest", "tests/kernels", "-q", "--tb=line", "-p", "no:cacheprovider", *parallel)
-    results = timed(jobs, 25, device)
-    write_csv(args.out / "decode_model.csv", results)
-    kernel = (
-        "benchmarks/decode.py",
-        "kernel",
-        "--rivals",
-        "cudnn",
-        "flash",
-        "--csv",
-        str((args.out / "decode_kernel.csv").resolve()),
-    )
-    run("kernel", 40, *kernel)
-    results += timed(start(SECOND), 60, device)
-    write_csv(args.out / "decode_model.csv", results)
+    path, results = args.out / "decode_model.csv", []
+    jobs = start((*FIRST, *OTHERS)) if "models" in args.parts else []
+    if "tests" in args.parts:
+        parallel = ("-p", "xdist", "-n", str(args.processes)) if args.processes else ()
+        run("tests", 60, "-m", "pytest", "tests/kernels", "-q", "--tb=line", "-p", "no:cacheprovider", *parallel)
+    results += timed(jobs, max(25, 75 - (time.time() - BEGIN)), device)
+    add_csv(path, results)
+    if "kernel" in args.parts:
+        out = str((args.out / "decode_kernel.csv").resolve())
+        run("kernel", 40, "benchmarks/decode.py", "kernel", "--rivals", "cudnn", "flash", "--csv", out)
+    for part, texts in (("deep", SECOND), ("generate", LONG)):
+        if part in args.parts:
+            results += timed(start(texts), 75, device)
+            add_csv(path, results)
     compare(results)
     say("end")
 

@@ -106,6 +106,15 @@ def write_csv(path: Path, results: Sequence[Result]) -> None:
         writer.writerows(asdict(result) for result in results)
 
 
+def read_csv(path: Path) -> list[Result]:
+    """The rows of `write_csv`; none if there is no such file."""
+    if not path.exists():
+        return []
+    kinds = {field.name: {"int": int, "float": float, "str": str}[str(field.type)] for field in fields(Result)}
+    with path.open(newline="") as file:
+        return [Result(**{name: kinds[name](value) for name, value in row.items()}) for row in csv.DictReader(file)]
+
+
 def draw(path: Path, results: Sequence[Result]) -> None:
     """Time per call or step, one bar per line measured, one panel per shape."""
     import matplotlib
