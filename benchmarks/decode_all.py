@@ -28,10 +28,10 @@ from decode_step import Job
 
 ROOT, BEGIN = Path(__file__).resolve().parents[1], time.time()
 MODE = "reduce-overhead"
-OTHERS = ("generate:dynamic:6:16x2048", "prefill:dynamic:8:4x4096")
+OTHERS = ("generate:dynamic:6:16x2048", "prefill:dynamic:4:4x4096")
 LONG = ("generate:static:32:16x2048",)
 FIRST = tuple(f"{name}:{MODE}:16:1x{context}" for context in (512, 32768) for name in ("mha", "dha+fused"))
-FIRST = (*FIRST, f"gqa:{MODE}:8:16x4096")
+FIRST = (*FIRST, f"gqa:{MODE}:8:16x4096", f"dha+fused:{MODE}:8:16x4096")
 SECOND = (f"dha+fused:{MODE}:32:16x4096", f"mha:{MODE}:32:16x4096")
 
 
