@@ -61,9 +61,9 @@ def healing_loss(
         base = inner if teacher is None else teacher
         targets = _states(base, base, inputs, objective.hidden > 0)
     states = _states(student, inner, inputs, objective.hidden > 0)
-    keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    labels = _next_tokens(input_ids, keep)
-    rows = [tensor[keep].split(objective.chunk) for tensor in (states[-1], targets[-1], labels)]
+    keep = _kept(attention_mask)
+    labels = _next_tokens(input_ids, attention_mask)
+    rows = [_rows(tensor, keep).split(objective.chunk) for tensor in (states[-1], targets[-1], labels)]
     head, base_head = _causal(inner).get_output_embeddings(), _causal(base).get_output_embeddings()
     parts = [
         checkpoint(
@@ -71,10 +71,11 @@ def healing_loss(
         )
         for part in zip(*rows, strict=True)
     ]
-    loss = torch.stack(parts).sum() / keep.sum()
+    loss = torch.stack(parts).sum() / _count(input_ids, keep)
     if objective.hidden:
         errors = [
-            relative_error(ours[keep], theirs[keep]) for ours, theirs in zip(states[1:], targets[1:], strict=True)
+            relative_error(_rows(ours, keep), _rows(theirs, keep))
+            for ours, theirs in zip(states[1:], targets[1:], strict=True)
         ]
         loss = loss + objective.hidden * torch.stack(errors).mean()
     return loss
@@ -83,17 +84,17 @@ def healing_loss(
 def cached_loss(student: nn.Module, batch: dict[str, Tensor], objective: Objective) -> Tensor:
     """The same against the answers of a teacher that are on disk: rows of `CachedRows`, stacked. They hold no hidden states."""
     inner = student.module if hasattr(student, "module") else student
-    ids, keep = batch["input_ids"], batch["attention_mask"].bool()
-    states = _states(student, inner, {"input_ids": ids, "attention_mask": batch["attention_mask"]}, every=False)
-    labels = _next_tokens(ids, keep)
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    states, keep = _states(student, inner, {"input_ids": ids, "attention_mask": mask}, every=False), _kept(mask)
+    labels = _next_tokens(ids, mask)
     columns = (states[-1], labels, batch["indices"], batch["log_probs"], batch["rest"])
-    rows = [tensor[keep].split(objective.chunk) for tensor in columns]
+    rows = [_rows(tensor, keep).split(objective.chunk) for tensor in columns]
     head = _causal(inner).get_output_embeddings()
     parts = [
         checkpoint(_cached_chunk, *part, head, objective.next_token, use_reentrant=False, preserve_rng_state=False)
         for part in zip(*rows, strict=True)
     ]
-    return torch.stack(parts).sum() / keep.sum()
+    return torch.stack(parts).sum() / _count(ids, keep)
 
 
 def _cached_chunk(hidden, labels, indices, log_probs, rest, head, next_token: float) -> Tensor:
@@ -104,9 +105,26 @@ def _cached_chunk(hidden, labels, indices, log_probs, rest, head, next_token: fl
     return loss
 
 
-def _next_tokens(input_ids: Tensor, keep: Tensor) -> Tensor:
+def _next_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     """Labels `[B, T]`, -100 where there is none."""
-    return F.pad(input_ids[:, 1:].masked_fill(~keep[:, 1:], -100), (0, 1), value=-100)
+    labels = input_ids[:, 1:]
+    labels = labels if attention_mask is None else labels.masked_fill(attention_mask[:, 1:] == 0, -100)
+    return F.pad(labels, (0, 1), value=-100)
+
+
+def _kept(attention_mask: Tensor | None) -> Tensor | None:
+    """Places of the tokens that count, in the flattened batch; None for all. Found once: it makes the host wait for the device."""
+    return None if attention_mask is None else attention_mask.flatten().nonzero()[:, 0]
+
+
+def _rows(tensor: Tensor, keep: Tensor | None) -> Tensor:
+    """`[B, T, ...]` -> `[N, ...]`, the tokens that count."""
+    flat = tensor.flatten(0, 1)
+    return flat if keep is None else flat.index_select(0, keep)
+
+
+def _count(input_ids: Tensor, keep: Tensor | None) -> int:
+    return input_ids.numel() if keep is None else len(keep)
 
 
 def relative_error(ours: Tensor, theirs: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ def test_the_package_plugs_its_kernel_in():
 
 
 def test_importing_the_package_imports_no_triton():
-    code = "import torch, transformers, sys; had = 'triton' in sys.modules; import dha_peft; sys.exit(not had and 'triton' in sys.modules)"
+    code = "import torch, transformers, peft, sys; had = 'triton' in sys.modules; import dha_peft; sys.exit(not had and 'triton' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
