@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml
 	@touch $@
 
 test: .venv
-	$(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --dist loadfile
 
 lint: .venv
 	$(BIN)/ruff check .

@@ -15,7 +15,7 @@ from .search import Analysis, analyse
 from .training import DHACallback, FusionSchedule, ScheduleOptions
 
 if TYPE_CHECKING:
-    from .training import DHATrainer
+    from .training import DHATrainer, heal
 
 adapter.register()
 models.register()
@@ -39,18 +39,20 @@ __all__ = [
     "analyse",
     "convert",
     "get_dha_model",
+    "heal",
     "register_family",
 ]
+_TRAINING = ("DHATrainer", "heal")
 
 
 def __getattr__(name: str) -> Any:
-    """What costs time to import: `DHATrainer`, and the classes of the families (`DhaLlamaForCausalLM`, ...)."""
-    if name == "DHATrainer":
-        return training.DHATrainer
+    """What costs time to import: `DHATrainer` and `heal`, and the classes of the families (`DhaLlamaForCausalLM`, ...)."""
+    if name in _TRAINING:
+        return getattr(training, name)
     if name.startswith("Dha"):
         return getattr(models, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), "DHATrainer", *(name for name in dir(models) if name.startswith("Dha"))})
+    return sorted({*globals(), *_TRAINING, *(name for name in dir(models) if name.startswith("Dha"))})

@@ -60,7 +60,7 @@ def test_the_python_code_runs(tmp_path, monkeypatch, page):
     tokenizer = AutoTokenizer.from_pretrained(demo)
     batches = token_batches(tokenizer, [demo / "text" / "calibration.jsonl.xz"], tokens=1024, length=128)
     given = {
-        "batches": batches, "base": AutoModelForCausalLM.from_pretrained(demo),
+        "batches": batches, "rows": batches[0]["input_ids"][:8], "base": AutoModelForCausalLM.from_pretrained(demo, dtype="float32"),
         "data": [{"input_ids": row, "labels": row} for row in batches[0]["input_ids"]],
         "args": TrainingArguments("out", max_steps=2, report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True),
     }  # fmt: skip
