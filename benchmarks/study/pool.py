@@ -62,9 +62,10 @@ class Workers:
 
     def __init__(self, count: int, devices: list[str], load: Load) -> None:
         context, most = get_context("spawn"), -(-count // len(devices))
+        threads = max((os.cpu_count() or 1) // count, 1)
         self.visible = [_gpu_number(device) for device in devices]
         self.pools = [
-            ProcessPoolExecutor(most, context, _start, (load, "cpu" if number is None else "cuda"))
+            ProcessPoolExecutor(most, context, _start, (load, "cpu" if number is None else "cuda", threads))
             for number in self.visible
         ]
         self.free = deque(index % len(devices) for index in range(count))
@@ -142,10 +143,10 @@ def _gpu_number(device: str) -> str | None:
     return visible.split(",")[index] if visible else str(index)
 
 
-def _start(load: Load, device: str) -> None:
+def _start(load: Load, device: str, threads: int) -> None:
     """Load what a worker's jobs share."""
     global _study
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it says a line for every document that is too long
     _study = load(device)
 
