@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import triton
 import triton.language as tl
@@ -37,15 +39,21 @@ def bounds_kernel(
     tl.store(bounds_ptr + 2 * total + batch, tl.sum(count, 0))
 
 
+def on_device_of(x: Tensor) -> AbstractContextManager[object]:
+    """Makes the device of `x` the current one, where Triton launches; switching costs time, so not if it is already."""
+    return nullcontext() if x.device.index == torch.cuda.current_device() else torch.cuda.device(x.device)
+
+
 def launch_bounds(mask: Tensor, batch: int) -> tuple[Tensor, Tensor, Tensor]:
     """Arguments and results of `mask_bounds`."""
     bounds = torch.empty(3, batch, dtype=torch.int32, device=mask.device)
     additive = mask.dtype != torch.bool
     lowest = torch.finfo(mask.dtype).min / 2 if additive else 0.0
     stride_b, _, stride_t, stride_s = mask.stride()
-    bounds_kernel[(batch,)](
-        mask if additive else mask.view(torch.uint8), bounds, stride_b if mask.shape[0] > 1 else 0, stride_t,
-        stride_s, mask.shape[3], lowest, TOKENS=mask.shape[2], ADDITIVE=additive,
-        KEYS=min(4096, triton.next_power_of_2(mask.shape[3])), num_warps=8,
-    )  # fmt: skip
+    with on_device_of(mask):
+        bounds_kernel[(batch,)](
+            mask if additive else mask.view(torch.uint8), bounds, stride_b if mask.shape[0] > 1 else 0, stride_t,
+            stride_s, mask.shape[3], lowest, TOKENS=mask.shape[2], ADDITIVE=additive,
+            KEYS=min(4096, triton.next_power_of_2(mask.shape[3])), num_warps=8,
+        )  # fmt: skip
     return bounds.unbind(0)

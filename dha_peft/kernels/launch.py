@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .bounds import launch_bounds
+from .bounds import launch_bounds, on_device_of
 from .triton_decode import attend_kernel, combine_kernel
 
 MAX_SPLITS = 512
@@ -119,17 +119,18 @@ def launch_decode(
     splits = splits or choose_splits(batch * row_blocks, slots, num_keys, heads_read, tiling.rows, tiling.keys)
     out = q.new_empty(batch, tokens, heads, dim).transpose(1, 2)
     part, lse = _partials(q, splits, rows)
-    attend_kernel[(splits, row_blocks, batch)](
-        q, k, v, key_map, value_map, *_mask_pointer(mask, q), q if start is None else start,
-        q if length is None else length, q if plain is None else plain, out, part, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        *_mask_strides(mask), *out.stride()[:3], k.shape[1], v.shape[1], num_keys, rows, splits, scale * _LOG2E,
-        0.0 if _mask_kind(mask) < 2 else torch.finfo(mask.dtype).min / 2,
-        TOKENS=tokens, DIM=dim, BLOCK_D=block_d, ROWS=tiling.rows, KEYS=tiling.keys, STAGES=tiling.stages,
-        ALIGN=_alignment(k, v), MASK=_mask_kind(mask), HAS_START=start is not None, HAS_LENGTH=length is not None,
-        SPLIT=splits > 1, PDL=pdl, num_warps=tiling.warps, **({"launch_pdl": True} if pdl else {}),
-    )  # fmt: skip
-    if splits > 1:
-        _combine(part, lse, out, pdl)
+    with on_device_of(q):
+        attend_kernel[(splits, row_blocks, batch)](
+            q, k, v, key_map, value_map, *_mask_pointer(mask, q), q if start is None else start,
+            q if length is None else length, q if plain is None else plain, out, part, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+            *_mask_strides(mask), *out.stride()[:3], k.shape[1], v.shape[1], num_keys, rows, splits, scale * _LOG2E,
+            0.0 if _mask_kind(mask) < 2 else torch.finfo(mask.dtype).min / 2,
+            TOKENS=tokens, DIM=dim, BLOCK_D=block_d, ROWS=tiling.rows, KEYS=tiling.keys, STAGES=tiling.stages,
+            ALIGN=_alignment(k, v), MASK=_mask_kind(mask), HAS_START=start is not None, HAS_LENGTH=length is not None,
+            SPLIT=splits > 1, PDL=pdl, num_warps=tiling.warps, **({"launch_pdl": True} if pdl else {}),
+        )  # fmt: skip
+        if splits > 1:
+            _combine(part, lse, out, pdl)
     return out
 
 

@@ -132,3 +132,13 @@ def test_operator_passes_torchs_own_checks():
 
 if __name__ == "__main__":
     raise SystemExit(pytest.main([__file__, "-q"]))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second CUDA device")
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_device_that_is_not_the_current_one(masked):
+    args = [x.to("cuda:1") for x in make(2, 12, 3, 5, 1, 5000, 64)]
+    mask = torch.rand(2, 1, 1, 5000, device="cuda:1") < 0.8 if masked else None
+    assert torch.cuda.current_device() == 0
+    assert_agrees(args, mask=mask)
+    assert torch.cuda.current_device() == 0
