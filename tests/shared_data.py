@@ -1,4 +1,4 @@
-"""Where data that is too large for the repository lies: `DHA_SHARED_DATA`, or `shared/data` beside the repository."""
+"""Where data that is too large for the repository lies: the folder that `DHA_SHARED_DATA` names, else one beside the repository."""
 
 from __future__ import annotations
 

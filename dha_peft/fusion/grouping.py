@@ -33,7 +33,7 @@ class GroupCurve:
 
 
 def aligned_curve(problem: HeadProblem) -> GroupCurve:
-    """Agglomerative search by alignment error: always merge the two groups whose union adds least (METHOD section 3)."""
+    """Agglomerative search by alignment error: always merge the two groups whose union adds least (ours)."""
     search = _AlignedSearch(problem)
     return _agglomerate(len(problem), search.added_errors, search.merge)
 

@@ -2,7 +2,7 @@
 
 Everything that the search and the alignment need is here: `gram`, how alike two heads' outputs are on real inputs,
 and `metric`, how much an error in a head's output matters. Both are small (`H d x H d` and `H x d x d`).
-Source: METHOD section 3 (ours).
+Source: ours.
 """
 
 from __future__ import annotations

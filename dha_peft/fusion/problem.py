@@ -31,7 +31,7 @@ class WeightedGram:
         return parts + ([(self.full, self.rest)] if self.rest else [])
 
     def error(self) -> Tensor:
-        """Weighted energy that one shared head loses (METHOD: `e_K`, `e_V`), a scalar."""
+        """Weighted energy that one shared head loses, a scalar."""
         return torch.stack([tail_energy(matrix, keep).sum() for matrix, keep in self.parts()]).sum()
 
 

@@ -70,7 +70,7 @@ def _trace(metric: Tensor) -> Tensor:
 
 
 def weight_metrics(site: AttentionSite, moment: Tensor) -> dict[str, Tensor]:
-    """METHOD's metrics, from weights and the moment of what the queries see: query energy for keys, output weights for values."""
+    """Metrics (ours) from weights and the moment of what the queries see: query energy for keys, output weights for values."""
     weights = site.weights().to(moment.device)
     return {"key": query_metric(weights, moment), "value": output_metric(weights)}
 
