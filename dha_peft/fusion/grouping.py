@@ -68,11 +68,6 @@ def _evaluated(partitions: list[Groups], problem: HeadProblem) -> GroupCurve:
     return GroupCurve(partitions, [sum(errors[group] for group in groups) for groups in partitions])
 
 
-def partition_error(groups: Groups, problem: HeadProblem) -> float:
-    """Alignment error of a whole partition; groups of one cost nothing."""
-    return sum(problem.error(list(group)) for group in groups)
-
-
 def _agglomerate(
     count: int, added_errors: Callable[[list[Pair]], list[float]], merge: Callable[[int, int], None]
 ) -> GroupCurve:

@@ -15,10 +15,15 @@ MOST_ROWS = 1024
 """Free rows of all heads of a layer up to which groups are refined; beyond it each step would take seconds."""
 
 
+def can_refine(num_groups: int, num_heads: int, free_rows: int) -> bool:
+    """Whether there is a choice of groups, and the layer, of heads with `free_rows` rows outside rotary pairs, is small enough."""
+    return 1 < num_groups < num_heads and num_heads * free_rows <= MOST_ROWS
+
+
 def refined_groups(groups: Groups, problem: HeadProblem) -> Groups:
     """Groups of the same number with an alignment error that no single move or exchange lowers; `groups` themselves where the
     layer is too large or nothing can be gained."""
-    if len(groups) in (1, len(problem)) or len(problem) * problem.rest.shape[2] > MOST_ROWS:
+    if not can_refine(len(groups), len(problem), problem.rest.shape[2]):
         return groups
     return _Refinement(groups, problem).run()
 

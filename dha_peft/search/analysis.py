@@ -17,7 +17,7 @@ from ..fusion.grouping import GroupCurve, aligned_curve, contiguous_curve, simil
 from ..fusion.heads import HeadMaps
 from ..fusion.moments import head_gram
 from ..fusion.problem import HeadProblem
-from ..fusion.refinement import MOST_ROWS, refined_groups
+from ..fusion.refinement import can_refine, refined_groups
 from ..fusion.similarity import cka_similarity
 from ..plan import DHAPlan, Groups, LayerPlan
 from .calibration import Statistics, collect_statistics
@@ -86,8 +86,8 @@ class Analysis:
     def _groups(self, index: int, kind: str, count: int) -> Groups:
         """The curve's groups, made better where they are ours to choose."""
         site, groups = self.sites[index], self.curves[index][kind].groups[count - 1]
-        too_large = site.num_heads * len(site.layout(kind).rest) > MOST_ROWS
-        if self.grouping != "aligned" or too_large or count in (1, site.num_heads):
+        # Asked before the problem is stated, which takes long for a large layer.
+        if self.grouping != "aligned" or not can_refine(count, site.num_heads, len(site.layout(kind).rest)):
             return groups
         place = (index, kind, count)
         if place not in self._refined:

@@ -1,4 +1,4 @@
-"""Random heads, moments and metrics in float64, and heads that are one head in several frames."""
+"""Random heads, moments and metrics in float64, and heads that are one head in several frames; errors of whole partitions."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dha_peft.fusion.heads import FrameLayout, HeadMaps
+from dha_peft.fusion.problem import HeadProblem
 from dha_peft.plan import Groups
 
 DIM = 8
@@ -44,3 +45,8 @@ def planted_heads(groups: Groups, layout: FrameLayout, size: int, rigid: bool = 
     for group in groups:
         heads[list(group)] = randn(1, layout.head_dim, size).expand(len(group), -1, -1)
     return random_gauges(count, layout, rigid).apply(heads, layout)
+
+
+def partition_error(groups: Groups, problem: HeadProblem) -> float:
+    """Alignment error of a whole partition; groups of one cost nothing."""
+    return sum(problem.error(list(group)) for group in groups)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dha_peft.fusion import refinement
-from dha_peft.fusion.grouping import aligned_curve, contiguous_curve, partition_error, similarity_curve
+from dha_peft.fusion.grouping import aligned_curve, contiguous_curve, similarity_curve
 from dha_peft.fusion.heads import FrameLayout
 from dha_peft.fusion.moments import head_gram
 from dha_peft.fusion.problem import HeadProblem
@@ -16,7 +16,7 @@ from dha_peft.fusion.refinement import refined_groups
 from dha_peft.fusion.similarity import aligned_similarity, cka_similarity, cosine_similarity
 from dha_peft.plan import contiguous_groups
 
-from .planted import DIM, LAYOUTS, planted_heads, randn, random_gauges, random_psd
+from .planted import DIM, LAYOUTS, partition_error, planted_heads, randn, random_gauges, random_psd
 
 SIZE = 48
 GROUPS = ((0, 3, 5), (1,), (2, 4))
