@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .family import Family, get_path
+from .family import Family
 
 MLP_NAMES = ("gate_proj", "up_proj")
 
@@ -22,14 +22,13 @@ def fuse_projections(trunk: nn.Module, family: Family) -> int:
     Returns:
         How many products were saved in a forward pass.
     """
-    saved = 0
-    for layer in get_path(trunk, family.layers):
-        attention = get_path(layer, family.attention)
-        if family.packing == "separate" and not family.gather and "." not in family.q + family.k + family.v:
-            saved += _fuse(attention, (family.q, family.k, family.v))
-        for module in layer.modules():
-            if all(hasattr(module, name) for name in MLP_NAMES):
-                saved += _fuse(module, MLP_NAMES)
+    saved, names = 0, (family.q, family.k, family.v)
+    if family.packing == "separate" and not family.gather and "." not in "".join(names):
+        # A cross-attention reads its keys and values from the encoder, and only once per text.
+        saved += sum(_fuse(block.module, names) for block in family.blocks(trunk) if block.role != "cross")
+    for module in list(trunk.modules()):
+        if all(hasattr(module, name) for name in MLP_NAMES):
+            saved += _fuse(module, MLP_NAMES)
     return saved
 
 

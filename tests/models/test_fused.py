@@ -7,9 +7,22 @@ import copy
 import pytest
 import torch
 
+from dha_peft import DHAConfig, convert
 from dha_peft.models.fused import FusedLinear
 from dha_peft.models.modeling_dha import MODELS
 
+from .conftest import HEAD_DIM, HEADS, make_base
+
+STACKS = {
+    "bart": {
+        "d_model": HEADS * HEAD_DIM, "init_std": 0.3, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 48,
+        "decoder_ffn_dim": 48, "encoder_attention_heads": HEADS, "decoder_attention_heads": HEADS,
+    },
+    "t5": {
+        "d_model": HEADS * HEAD_DIM, "num_layers": 2, "num_decoder_layers": 2, "num_heads": HEADS, "d_kv": HEAD_DIM,
+        "d_ff": 48,
+    },
+}  # fmt: skip
 SAVED = 2 * (2 + 1)  # two layers: k and v with q, up with gate
 
 
@@ -31,6 +44,23 @@ def test_the_model_stays_the_same(make_pair, prompts, family, tmp_path):
     merged.unfuse_projections()
     assert all(torch.equal(merged.state_dict()[name], 2 * x) for name, x in state.items())
     assert not any(isinstance(module, FusedLinear) for module in merged.modules())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("family", "saved"),
+    [("bart", 4 * 2), ("t5", 4 * 2), ("bert", 0)],  # two layers each; cross-attention is left alone
+    ids=str,
+)
+def test_several_stacks(prompts, family, saved):
+    auto = "AutoModelForMaskedLM" if family == "bert" else "AutoModelForSeq2SeqLM"
+    ids = {"input_ids": prompts[0]} | ({} if family == "bert" else {"decoder_input_ids": prompts[0][:, :4]})
+    small = convert(make_base(family, auto, **STACKS.get(family, {})), DHAConfig(head_budget=0.5), [ids])
+    expected, state = small(**ids).logits, copy.deepcopy(small.state_dict())
+    assert small.fuse_projections() == saved
+    torch.testing.assert_close(small(**ids).logits, expected, atol=1e-4, rtol=1e-4)
+    assert all(torch.equal(small.state_dict()[name], x) for name, x in state.items())
+    assert not any(module.kept for module in small.modules() if isinstance(module, FusedLinear))
 
 
 def test_compiled_whole(make_pair, prompts):
