@@ -47,7 +47,7 @@ def decode_speed(model: nn.Module, batch: int, context: int, steps: int) -> dict
     """Milliseconds per greedy step after `context` tokens, tokens per second, bytes of cache, peak GPU memory."""
     device = next(model.parameters()).device
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats(device)
     ids = torch.randint(0, model.config.vocab_size, (batch, context), generator=torch.Generator().manual_seed(0))
     cache = DynamicCache()
     output = model(input_ids=ids.to(device), past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -63,10 +63,10 @@ def decode_speed(model: nn.Module, batch: int, context: int, steps: int) -> dict
     held = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
     found = {"ms_per_step": milliseconds, "tokens_per_second": batch / milliseconds * 1000, "cache_bytes": held}
     if device.type == "cuda":
-        found["peak_bytes"] = torch.cuda.max_memory_allocated()
+        found["peak_bytes"] = torch.cuda.max_memory_allocated(device)
     return found
 
 
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
