@@ -10,11 +10,21 @@ import torch
 from torch import nn
 
 from ..conversion import convert as convert_model
+from ..plan import DHAPlan
 from ..search import Analysis, analyse
 from ..texts import evaluate_loss
 from . import options as o
 from .console import banner, lines, note
-from .loading import calibration_batches, check_files, device_of, load_model, load_tokenizer, validation_tokens
+from .loading import (
+    calibration_batches,
+    check_files,
+    check_grouping,
+    device_of,
+    given_plan,
+    load_model,
+    load_tokenizer,
+    validation_tokens,
+)
 from .measure import cache_bytes_per_token, head_similarity
 from .output import check_free, new_folder
 from .plan import show_plan
@@ -43,6 +53,7 @@ def convert(
     )  # fmt: skip
     check_free(run.output)
     check_files(run)
+    check_grouping(run)
     if dry_run:
         show_plan(run)
         note(f"dry run: nothing was written; {run.output} would be.")
@@ -55,17 +66,18 @@ def run_convert(run: Run, source: Path | None = None) -> Path:
     torch.manual_seed(run.seed)
     with new_folder(run.output) as folder:
         tokenizer, base = load_tokenizer(run.model), load_model(run.model, run)
+        given_plan(run, base)  # refuses one for another model before the calibration
         batches = calibration_batches(run, tokenizer)
         start_banner("convert", run, base, batches)
         begin = time.perf_counter()
         analysis = analyse(base, batches, run.config().grouping)
         small = convert_model(base, run.config(), analysis=analysis)
         seconds = time.perf_counter() - begin
-        plan = analysis.plan(run.config().search_options())
+        plan = DHAPlan.from_dict(small.config.dha_plan)
         note(plan.table(next(base.parameters()).element_size()))
         facts = facts_of(run, base, plan) | {"seconds": round(seconds, 2)}
         facts["calibration_tokens"] = analysis.statistics.tokens
-        facts["losses"] = losses(run, tokenizer, base, {"closed form": small}, analysis)
+        facts["losses"] = losses(run, tokenizer, base, small, analysis)
         facts["kv_bytes_measured"] = measured_cache(base, small)
         facts["similarity"] = head_similarity(analysis)
         save_result(folder, run, small, tokenizer, facts)
@@ -81,7 +93,7 @@ def start_banner(title: str, run: Run, base: nn.Module, batches: list | None, tr
     banner(title, {
         "model": f"{run.model} ({config.model_type}, {sum(p.numel() for p in base.parameters()):,} parameters)",
         "heads": heads,
-        "budget": run.config().head_budget,
+        "budget": run.config().head_budget if run.config().plan is None else "as in `dha.plan`",
         "calibration": f"{sum(b['input_ids'].numel() for b in batches):,} tokens" if batches else "weights alone",
         "training": training,
         "device": f"{device_of(run)}, {next(base.parameters()).dtype}".replace("torch.", ""),
@@ -89,24 +101,22 @@ def start_banner(title: str, run: Run, base: nn.Module, batches: list | None, tr
     })  # fmt: skip
 
 
-def losses(
-    run: Run, tokenizer: Any, base: nn.Module, results: dict[str, nn.Module], analysis: Analysis
-) -> dict[str, float]:
-    """Held-out losses in nats per token of the base, of mean-pooled GQA at the same budget, and of the results."""
+def losses(run: Run, tokenizer: Any, base: nn.Module, small: nn.Module, analysis: Analysis) -> dict[str, float]:
+    """Held-out losses in nats per token of the base, of mean-pooled GQA at the same budget, and of the result."""
     ids = validation_tokens(run, tokenizer)
     if ids is None:
         return {}
-    pooled = mean_pooled(base, run, analysis)
-    models = {"base": base, "mean-pooled GQA, no training": pooled, **results}
+    pooled = mean_pooled(base, analysis, DHAPlan.from_dict(small.config.dha_plan).kept)
+    models = {"base": base, "mean-pooled GQA, no training": pooled, "closed form": small}
     return {name: evaluate_loss(model, ids, run.validation.length) for name, model in models.items()}
 
 
-def mean_pooled(base: nn.Module, run: Run, analysis: Analysis, budget: float | None = None) -> nn.Module:
-    """The usual rival: neighbours averaged, equal counts in every layer."""
+def mean_pooled(base: nn.Module, analysis: Analysis, budget: float) -> nn.Module:
+    """The usual rival: neighbours averaged, equal counts in every layer; `budget` is the share of heads kept."""
     from ..adapter import DHAConfig
     from .estimate import uniform_plan
 
-    config = DHAConfig(head_budget=budget or run.config().head_budget, fusion="linear", grouping="contiguous")
+    config = DHAConfig(head_budget=budget, fusion="linear", grouping="contiguous")
     config.plan = uniform_plan(analysis.sites, config.search_options()).to_dict()
     return convert_model(base, config, analysis=analysis)
 

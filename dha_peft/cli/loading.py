@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..adapter.model import check_plan
 from ..attention import find_attention
+from ..plan import DHAPlan
 from ..texts import text_tokens, token_batches
 from .settings import Run
 
@@ -99,6 +101,20 @@ def skeleton(config: Any) -> nn.Module:
     return model
 
 
+def given_plan(run: Run, model: nn.Module) -> DHAPlan | None:
+    """The plan that the run itself names; None where a search finds it.
+
+    Raises:
+        ValueError: a plan for another model.
+    """
+    config = run.config()
+    if config.plan is None:
+        return None
+    plan = DHAPlan.from_dict(config.plan)
+    check_plan(plan, find_attention(model))
+    return plan
+
+
 def load_model(name: str, run: Run) -> nn.Module:
     """A causal model in eval mode on the run's device. Merged models load without a trust flag, as the package is imported.
 
@@ -174,3 +190,12 @@ def check_files(run: Run) -> None:
             if not Path(file).is_file():
                 what = "is a folder" if Path(file).is_dir() else "does not exist"
                 raise ValueError(f"`{section}.files` names `{file}`, which {what}; give a .txt or .jsonl file.")
+
+
+def check_grouping(run: Run) -> None:
+    """Raise ValueError for groups that only training finds, before the calibration starts."""
+    if run.config().grouping == "learned":
+        raise ValueError(
+            "`dha.grouping` is 'learned', but only fusion steps find such groups; use `dha train` with `train.steps` above 0, or "
+            "choose another grouping."
+        )

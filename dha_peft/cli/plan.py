@@ -14,8 +14,10 @@ from .estimate import conversion_memory, conversion_seconds, serving, uniform_pl
 from .loading import (
     calibration_batches,
     check_files,
+    check_grouping,
     device_of,
     dtype_of,
+    given_plan,
     load_config,
     load_model,
     load_tokenizer,
@@ -56,6 +58,8 @@ def plan(
 def show_plan(run: Run, search: bool = False, memory: str | None = None, context: int = 4096) -> DHAPlan:
     """Print the plan of a run; see `plan`."""
     check_files(run)
+    if search:
+        check_grouping(run)
     if context < 1:
         raise ValueError(f"`--context` is {context}; give at least one token per sequence.")
     room = parse_size(memory) if memory else None
@@ -63,11 +67,11 @@ def show_plan(run: Run, search: bool = False, memory: str | None = None, context
     model = skeleton(config)
     sites, options = find_attention(model), run.config().search_options()
     width = (dtype_of(run) or getattr(config, "dtype", None) or _bfloat16()).itemsize
-    banner("plan", {"model": f"{run.model} ({config.model_type})", "budget": options.head_budget})
-    found = uniform_plan(sites, options)
-    if search:
-        found = _searched(run)
-    else:
+    given = given_plan(run, model)
+    budget = options.head_budget if given is None else "as in `dha.plan`"
+    banner("plan", {"model": f"{run.model} ({config.model_type})", "budget": budget})
+    found = given or (_searched(run) if search else uniform_plan(sites, options))
+    if given is None and not search:
         note(
             "  budgets    uniform over the layers, as no weights were read; --search or --text FILE finds each layer's own"
         )

@@ -38,8 +38,8 @@ class Training:
     """Fusion of the adapter, then healing of the merged model. `files` default to the calibration's.
 
     `objective` is "base" (distance from the base model) or "text" (next token). Without a `heal_learning_rate` it is that of
-    `dha_peft.training.heal`. `arguments` takes any field of
-    `transformers.TrainingArguments`; `heal_arguments` overrides them in the healing stage.
+    `dha_peft.training.heal`. `arguments` takes any field of `transformers.TrainingArguments` that has no key of its own here;
+    `heal_arguments` overrides them in the healing stage.
     """
 
     files: list[str] = field(default_factory=list)

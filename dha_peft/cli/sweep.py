@@ -17,7 +17,7 @@ from ..texts import evaluate_loss
 from . import options as o
 from .console import lines, note
 from .convert import mean_pooled, start_banner
-from .loading import calibration_batches, check_files, load_model, load_tokenizer, validation_tokens
+from .loading import calibration_batches, check_files, check_grouping, load_model, load_tokenizer, validation_tokens
 from .output import check_free, new_folder, write_text
 from .plan import show_plan
 from .result import copy_config, facts_of, write_facts
@@ -49,6 +49,9 @@ def sweep(
     )  # fmt: skip
     check_free(run.output, resume)
     check_files(run)
+    check_grouping(run)
+    if run.config().plan is not None:
+        raise ValueError("`dha.plan` fixes the groups, so there is no budget to sweep; leave it out.")
     for budget in run.sweep.budgets:
         run.dha["head_budget"] = budget
         run.config()
@@ -97,7 +100,7 @@ def _one_budget(run: Run, base: Any, analysis: Any, ids: torch.Tensor | None, bu
     seconds = time.perf_counter() - begin
     found = [{"model": "dha", "budget": budget} | _measured(small, ids, run) | {"seconds": round(seconds, 3)}]
     if run.sweep.reference and ids is not None:
-        pooled = mean_pooled(base, run, analysis, budget)
+        pooled = mean_pooled(base, analysis, budget)
         found.append({"model": "mean-pooled GQA", "budget": budget} | _measured(pooled, ids, run))
     return found
 

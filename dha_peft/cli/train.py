@@ -27,7 +27,9 @@ from .convert import finish, mean_pooled, measured_cache, start_banner
 from .loading import (
     calibration_batches,
     check_files,
+    check_grouping,
     device_of,
+    given_plan,
     load_model,
     load_tokenizer,
     training_rows,
@@ -38,7 +40,7 @@ from .output import check_free, new_folder, write_text
 from .plan import show_plan
 from .progress import BarCallback
 from .result import copy_config, facts_of, save_result
-from .settings import Run
+from .settings import Run, Training
 
 
 def train(
@@ -51,7 +53,9 @@ def train(
     steps: Annotated[
         int | None, typer.Option("--steps", help="Fusion steps; 0 starts from the closed form [100].")
     ] = None,
-    heal_steps: Annotated[int | None, typer.Option("--heal-steps", help="Steps of all weights afterwards [0].")] = None,
+    heal_steps: Annotated[
+        int | None, typer.Option("--heal-steps", help="Healing steps of the merged model [0].")
+    ] = None,
     config: o.Config = None,
     set_: o.Set = None,
     device: o.Device = None,
@@ -73,7 +77,8 @@ def train(
     run_train(run, config, resume)
 
 
-HEALING_ARGUMENTS = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "adam_beta2", "weight_decay")
+SCHEDULER = ("lr_scheduler_type", "lr_scheduler_kwargs")
+HEALING_ARGUMENTS = (*SCHEDULER, "warmup_steps", "adam_beta2", "weight_decay")
 """What the healing stage takes from `dha_peft.training.heal`."""
 
 
@@ -84,7 +89,7 @@ def check_run(run: Run, resume: bool = False) -> None:
     part = run.train
     if part.objective not in ("base", "text"):
         raise ValueError(
-            f"`train.objective` is {part.objective!r}; choose 'base' (KL from the base) or 'text' (next token)."
+            f"`train.objective` is {part.objective!r}; choose 'base' (distance from the base model) or 'text' (next token)."
         )
     if part.steps < 0 or part.heal_steps < 0 or not part.steps + part.heal_steps:
         raise ValueError(
@@ -92,11 +97,29 @@ def check_run(run: Run, resume: bool = False) -> None:
         )
     if not (part.files or run.calibration.files):
         raise ValueError("there is no text to train on; pass `--text FILE`, or set `train.files` in the run file.")
+    if not part.steps:
+        check_grouping(run)
+    _check_device(run)
     _check_arguments(run)
 
 
+def _check_device(run: Run) -> None:
+    """The Trainer knows no index: it works on the first GPU that it sees."""
+    kind, _, index = run.device.partition(":")
+    if index not in ("", "0"):
+        raise ValueError(
+            f"`device` is {run.device!r}, but the Trainer takes the first GPU that it sees; write {kind!r}, and set "
+            f"CUDA_VISIBLE_DEVICES={index} in the environment."
+        )
+
+
 def _check_arguments(run: Run) -> None:
-    """Raise what transformers raises about its arguments, before any model is loaded."""
+    """Raise what transformers raises about its arguments, before any model is loaded, and refuse those with a key of their own."""
+    own = {"learning_rate": ("learning_rate", "heal_learning_rate"), "max_steps": ("steps", "heal_steps")}
+    for section in ("arguments", "heal_arguments"):
+        for name in own.keys() & getattr(run.train, section):
+            keys = " and ".join(f"`train.{key}`" for key in own[name])
+            raise ValueError(f"`train.{section}.{name}` has a key for each stage; set {keys} instead.")
     for extra in ({}, run.train.heal_arguments):
         training_arguments(run, Path("unused"), 1, 0.0, extra)
 
@@ -107,6 +130,7 @@ def run_train(run: Run, source: Path | None = None, resume: bool = False) -> Pat
     begin = time.perf_counter()
     with new_folder(run.output, keep=True, resume=resume) as folder:
         tokenizer, base = load_tokenizer(run.model), load_model(run.model, run)
+        given_plan(run, base)  # refuses one for another model before the calibration
         batches, rows = calibration_batches(run, tokenizer), training_rows(run, tokenizer)
         ids = validation_tokens(run, tokenizer)
         stages = f"{run.train.steps} fusion and {run.train.heal_steps} healing steps, {trained_tokens(run):,} tokens"
@@ -177,7 +201,8 @@ def references(
     analysis = analyse(base, batches, config.grouping)
     facts["similarity"] = head_similarity(analysis)
     if ids is not None:
-        _measure(facts, "mean-pooled GQA, no training", mean_pooled(base, run, analysis), ids, run)
+        budget = analysis.plan(config.search_options()).kept
+        _measure(facts, "mean-pooled GQA, no training", mean_pooled(base, analysis, budget), ids, run)
     return analysis
 
 
@@ -190,9 +215,17 @@ def heal(run: Run, folder: Path, small: nn.Module, rows: list) -> None:
     teacher = load_model(run.model, run) if part.objective == "base" else None
     usual = default_arguments(small, part.heal_steps)
     rate = part.heal_learning_rate or usual["learning_rate"]
-    extra = {name: usual[name] for name in HEALING_ARGUMENTS} | part.heal_arguments
+    extra = healing_arguments(part, usual)
     _train(run, small.float(), rows, folder / "healing", part.heal_steps, rate, extra, teacher, [])
     small.to(dtype).eval()
+
+
+def healing_arguments(part: Training, usual: dict[str, Any]) -> dict[str, Any]:
+    """The healing stage's own arguments: what the run does not set comes from `usual`. A scheduler and its options go together."""
+    given = set(part.arguments | part.heal_arguments)
+    if given & set(SCHEDULER):
+        given |= set(SCHEDULER)
+    return {name: usual[name] for name in HEALING_ARGUMENTS if name not in given} | part.heal_arguments
 
 
 def _train(run, model, rows, folder, steps, rate, extra, teacher, callbacks):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import subprocess
@@ -110,6 +111,31 @@ def test_a_run_file_with_flags_over_it(dha, tmp_path):
     assert dha("convert", "--config", file, "-o", out, "--budget", 0.375, "--set", "report=false")[0] == 0
     assert (out / "run.input.yaml").read_text() == file.read_text()
     assert load_run(out / "run.yaml").dha["head_budget"] == 0.375
+
+
+def test_a_given_plan_is_what_is_made_and_recorded(dha, tmp_path):
+    """One that no search would find, and another budget than `dha.head_budget`."""
+    groups = [[[0, 7], [1, 2, 3], [4], [5, 6]]] * 6
+    file, out = tmp_path / "run.yaml", tmp_path / "out"
+    dha_part = {"plan": {"head_dim": 32, "key_groups": groups, "value_groups": groups}}
+    file.write_text(yaml.safe_dump({"model": str(DEMO), "dha": dha_part, "limit": 1, "report": False}))
+    arguments = ["convert", "--config", file, "--text", CALIBRATION, "-o", out]
+    status, text, _ = dha(*arguments, "--dry-run")
+    assert status == 0 and "KV heads 96 -> 48 (50.0%)" in text
+    status, text, err = dha(*arguments)
+    assert status == 0 and "KV heads 96 -> 48 (50.0%)" in text, err
+    facts = json.loads((out / "results.json").read_text())
+    assert facts["budget"] == 0.5 and facts["plan"]["key_groups"] == groups
+    assert AutoModelForCausalLM.from_pretrained(out).config.dha_plan["key_groups"] == groups
+    status, _, err = dha("sweep", "--config", file, "-o", tmp_path / "sweep")
+    assert status == 1 and "`dha.plan`" in err
+
+
+@pytest.mark.parametrize("command", ["convert", "sweep", "plan"])
+def test_learned_groups_need_training(dha, tmp_path, command):
+    out = ["--search"] if command == "plan" else ["-o", tmp_path / "out"]
+    status, text, err = dha(command, DEMO, *out, "--set", "dha.grouping=learned")
+    assert status == 1 and "`dha train`" in err and "model" not in text
 
 
 def test_nothing_is_half_written(tmp_path):
