@@ -8,9 +8,9 @@ import pytest
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from dha_peft.cli.arguments import check_run, healing_arguments
 from dha_peft.cli.output import partial_folder
 from dha_peft.cli.settings import Run, Training
-from dha_peft.cli.train import check_run, healing_arguments
 from dha_peft.training import DHATrainer
 
 from .conftest import CALIBRATION, DEMO, VALIDATION
