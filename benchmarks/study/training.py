@@ -31,8 +31,6 @@ class Rates:
 
 def heal(student: nn.Module, rows: Tensor, teacher: nn.Module) -> None:
     """Train a merged student, or the adapter of a `PeftModel` with its groups tied at the closed form, as the package does it by default."""
-    if not isinstance(student, PeftModel):
-        student.requires_grad_(True)
     package_heal(
         student,
         rows.cpu(),

@@ -188,7 +188,7 @@ def heal(run: Run, folder: Path, small: nn.Module, rows: list) -> None:
 
     part, dtype = run.train, small.dtype
     teacher = load_model(run.model, run) if part.objective == "base" else None
-    usual = default_arguments(small, part.heal_steps)
+    usual = default_arguments(small)
     rate = part.heal_learning_rate or usual["learning_rate"]
     extra = {name: usual[name] for name in HEALING_ARGUMENTS} | part.heal_arguments
     _train(run, small.float(), rows, folder / "healing", part.heal_steps, rate, extra, teacher, [])
