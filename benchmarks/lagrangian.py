@@ -67,7 +67,7 @@ class Progress(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **_) -> None:
         if logs and "loss" in logs:
             figures = {name.removeprefix("dha/"): value for name, value in logs.items()}
-            print("  step {step} {phase}: loss {loss:.4f} F {fusion_loss:.2e} target {target:.2e} lambda1 {lambda1:.3g} "
+            print("  step {step}: loss {loss:.4f} F {fusion_loss:.2e} target {target:.2e} lambda1 {lambda1:.3g} "
                   "lambda2 {lambda2:.3g} heads {realised_heads}".format(**{**figures, "step": state.global_step}), flush=True)  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from dha_peft.texts import evaluate_loss
 
 from .members import keep_members
 from .methods import METHODS, Job, Method
-from .training import FEWEST_ROWS, Rates, continue_pretraining, fuse, heal
+from .training import FEWEST_ROWS, Settings, continue_pretraining, fuse, heal
 
 KEYS = ("method", "budget", "fraction", "share", "seed")
 FIELDS = (*KEYS, "tokens", "kept_heads", "before_collapse", "loss", "seconds", "device")
@@ -55,7 +55,7 @@ class Study:
     rows: Tensor
     validation: Tensor
     pretraining_tokens: float
-    rates: Rates = field(default_factory=Rates)
+    settings: Settings = field(default_factory=Settings)
     tasks: Tasks = field(default_factory=Tasks)
 
     @property
@@ -100,7 +100,7 @@ def recover(study: Study, job: Job, rows: Tensor) -> tuple[nn.Module, float | No
     fusion_rows = max(round(job.share * len(rows)), FEWEST_ROWS if method.trains_groups else 0)
     if fusion_rows:
         adapted = get_dha_model(copy.deepcopy(study.base), config, analysis=study.analyses.get(method.grouping))
-        fuse(adapted, rows[:fusion_rows], method.distil, method.trains_groups, study.rates)
+        fuse(adapted, rows[:fusion_rows], method.distil, method.trains_groups, study.settings)
         before = evaluate_loss(adapted, study.validation, study.length)
         model = adapted.merge_and_unload()
     else:
@@ -108,7 +108,7 @@ def recover(study: Study, job: Job, rows: Tensor) -> tuple[nn.Module, float | No
     if len(rows) > fusion_rows and method.distil:
         heal(model, rows[fusion_rows:], study.base)
     elif len(rows) > fusion_rows:
-        continue_pretraining(model, rows[fusion_rows:], study.rates)
+        continue_pretraining(model, rows[fusion_rows:], study.settings)
     return model.eval(), before
 
 

@@ -25,7 +25,7 @@ def speed(rows: list[Row]) -> str:
 
 
 def retained(rows: list[Row]) -> str:
-    """Mean score against the base's."""
+    """Mean score against the base's, at 25 % of the heads and 0.25 % of the tokens."""
     rows = where(rows, metric="acc")
     base = spread(where(rows, method="base"), "value")
     parts = []
@@ -33,11 +33,7 @@ def retained(rows: list[Row]) -> str:
         found = spread(where(rows, method=name, budget=0.25, fraction=0.0025), "value")
         if base and found:
             parts.append(f"{METHODS[name].label} {found.mean / base.mean:.1%}")
-    return (
-        f"Share of the base's mean score kept at 25 % of the heads and 0.25 % of the tokens: {'; '.join(parts)}."
-        if parts
-        else MISSING
-    )
+    return "; ".join(parts) or MISSING
 
 
 def similarity(rows: list[Row]) -> str:

@@ -21,7 +21,7 @@ from .methods import METHODS, TABLES, Sizes, jobs
 from .pool import Table, Workers, fill
 from .prepare import load, prepare
 from .recovery import FIELDS, SCORE_FIELDS, Tasks
-from .training import Rates
+from .training import Settings
 
 
 def main() -> None:
@@ -43,7 +43,11 @@ def main() -> None:
                 args, path, args.train_tokens or round(max(job.fraction for job in wanted) * args.pretraining_tokens)
             )
             print(f"prepared in {time.monotonic() - start:.0f} s", flush=True)
-        context = {"pretraining_tokens": args.pretraining_tokens, "rates": Rates(args.rows, args.lr), "tasks": tasks}
+        context = {
+            "pretraining_tokens": args.pretraining_tokens,
+            "settings": Settings(args.rows, args.lr),
+            "tasks": tasks,
+        }
         losses, scores = (Table(args.results / name, columns) for name, columns in
                           (("losses.csv", FIELDS), ("scores.csv", SCORE_FIELDS)))  # fmt: skip
         minutes = args.minutes - (time.monotonic() - start) / 60
@@ -70,8 +74,18 @@ def parse() -> argparse.Namespace:
         many = {"nargs": "+"} if isinstance(field.default, tuple) else {}
         kind = int if field.name == "seeds" else float
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default, **many)
-    parser.add_argument("--rows", type=int, default=Rates.rows, help="rows of one optimizer update")
-    parser.add_argument("--lr", type=float, default=Rates.weights)
+    parser.add_argument(
+        "--rows",
+        type=int,
+        default=Settings.rows,
+        help="rows of an update on the next token or in fusion; healing has its own",
+    )
+    parser.add_argument(
+        "--lr",
+        type=float,
+        default=Settings.weights,
+        help="rate of training on the next token; fusion and healing have their own",
+    )
     parser.add_argument("--tasks", nargs="+", default=[], help="tasks of lm-eval; none by default")
     parser.add_argument("--include-path", help="folder of lm-eval task files")
     parser.add_argument("--limit", type=int, help="documents per task")

@@ -20,7 +20,7 @@ FEWEST_ROWS = 4
 
 
 @dataclass(frozen=True)
-class Rates:
+class Settings:
     """Optimizer settings. `rows` of one update; learning rates of the weights, of the frames and of the fusion matrices."""
 
     rows: int = 16
@@ -31,8 +31,6 @@ class Rates:
 
 def heal(student: nn.Module, rows: Tensor, teacher: nn.Module) -> None:
     """Train a merged student, or the adapter of a `PeftModel` with its groups tied at the closed form, as the package does it by default."""
-    if not isinstance(student, PeftModel):
-        student.requires_grad_(True)
     package_heal(
         student,
         rows.cpu(),
@@ -42,12 +40,12 @@ def heal(student: nn.Module, rows: Tensor, teacher: nn.Module) -> None:
     )
 
 
-def continue_pretraining(student: nn.Module, rows: Tensor, rates: Rates) -> None:
+def continue_pretraining(student: nn.Module, rows: Tensor, settings: Settings) -> None:
     """The same on the next token alone, which needs no teacher."""
-    _train(student, rows, partial(next_token_loss, student), _all_weights(student, rates), _updates(rows, rates))
+    _train(student, rows, partial(next_token_loss, student), _all_weights(student, settings), _updates(rows, settings))
 
 
-def fuse(student: nn.Module, rows: Tensor, distil: bool, learned: bool, rates: Rates) -> None:
+def fuse(student: nn.Module, rows: Tensor, distil: bool, learned: bool, settings: Settings) -> None:
     """Train the adapter of `student` on `rows`, its base frozen, until its groups are tied. With `learned`, the first fifth of the
     updates finds the groups. Few rows are used in smaller updates, so that every stage has one.
 
@@ -56,13 +54,13 @@ def fuse(student: nn.Module, rows: Tensor, distil: bool, learned: bool, rates: R
     """
     if len(rows) < FEWEST_ROWS:
         raise ValueError(f"the fusion stage got {len(rows)} rows, but it needs {FEWEST_ROWS}; give it more tokens.")
-    updates = max(math.ceil(len(rows) / rates.rows), FEWEST_ROWS)
+    updates = max(math.ceil(len(rows) / settings.rows), FEWEST_ROWS)
     search = max(updates // 5, 1) if learned else 0
     options = ScheduleOptions(max(int(0.7 * (updates - search)), 1), search)
     named = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
     groups = [
         {"params": [p for name, p in named if name.endswith("omega") == omega], "lr": rate}
-        for omega, rate in ((True, rates.omega), (False, rates.frames))
+        for omega, rate in ((True, settings.omega), (False, settings.frames))
     ]
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
     loss = partial(healing_loss if distil else next_token_loss, student)
@@ -100,13 +98,13 @@ def next_token_loss(student: nn.Module, batch: Tensor) -> Tensor:
     return student(input_ids=batch, labels=batch, use_cache=False).loss
 
 
-def _all_weights(student: nn.Module, rates: Rates) -> torch.optim.Optimizer:
+def _all_weights(student: nn.Module, settings: Settings) -> torch.optim.Optimizer:
     student.requires_grad_(True)
-    return torch.optim.AdamW(student.parameters(), lr=rates.weights, weight_decay=0.0, betas=(0.9, 0.95))
+    return torch.optim.AdamW(student.parameters(), lr=settings.weights, weight_decay=0.0, betas=(0.9, 0.95))
 
 
-def _updates(rows: Tensor, rates: Rates) -> int:
-    return max(math.ceil(len(rows) / rates.rows), 1)
+def _updates(rows: Tensor, settings: Settings) -> int:
+    return max(math.ceil(len(rows) / settings.rows), 1)
 
 
 def _rate(step: int, updates: int) -> float:

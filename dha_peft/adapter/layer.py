@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..fusion.collapse import SharedHeads
 from ..fusion.heads import FrameLayout
-from ..fusion.operator import distances
+from ..fusion.operator import distances, fusion_loss
 from .config import DHAConfig
 from .fusion_state import HeadFusion
 
@@ -123,8 +123,7 @@ class DHALayer(nn.Module, BaseTunerLayer):
 
     def fusion_loss(self, adapter_name: str | None = None) -> Tensor:
         """Fusion loss of one adapter on this projection; of the active one by default."""
-        apart, energy = self.distances(adapter_name)
-        return apart.sum() / energy.sum()
+        return fusion_loss(*self.distances(adapter_name))
 
     def shared_heads(self, adapter_name: str) -> SharedHeads:
         """What the collapse needs of this projection."""

@@ -103,7 +103,12 @@ class DHAModel(BaseTuner):
         return labelled_plan(self._sites, groups)
 
     def tie_groups(self, adapter_name: str = "default") -> None:
-        """Tie every group at once: from the identity this is the closed form, without any training."""
+        """Tie every group at once: from the identity this is the closed form, without any training.
+
+        Raises:
+            ValueError: groups that are to be learned, before their search has run.
+        """
+        _check_learned(self.peft_config[adapter_name])
         for layer in self._layers():
             layer.dha_fusion[adapter_name].pull(0)
 

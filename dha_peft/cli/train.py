@@ -163,7 +163,7 @@ def heal(run: Run, folder: Path, small: nn.Module, rows: list) -> None:
 
     part, dtype = run.train, small.dtype
     teacher = load_model(run.model, run) if part.objective == "base" else None
-    usual = default_arguments(small, part.heal_steps)
+    usual = default_arguments(small)
     rate = part.heal_learning_rate or usual["learning_rate"]
     extra = healing_arguments(part, usual)
     _train(run, small.float(), rows, folder / "healing", part.heal_steps, rate, extra, teacher, [])

@@ -68,8 +68,7 @@ def distances(heads: Tensor, fused: FusedHeads) -> tuple[Tensor, Tensor]:
     return (fused.heads - fused.collapsed).pow(2).sum((1, 2)), heads.pow(2).sum((1, 2))
 
 
-def fusion_loss(heads: Tensor, fused: FusedHeads) -> Tensor:
-    """Relative distance of the layer's heads from their collapse, `sum ||W~_i - collapsed_i||^2 / sum ||W_i||^2`
+def fusion_loss(apart: Tensor, energy: Tensor) -> Tensor:
+    """Relative distance of a layer's heads from their collapse, `sum ||W~_i - collapsed_i||^2 / sum ||W_i||^2`, from `distances`
     (reconstruction, measured on the heads that result). 0 means that the collapse changes nothing."""
-    apart, energy = distances(heads, fused)
-    return apart.sum() / energy.sum()
+    return apart.sum() / energy.sum().clamp_min(torch.finfo(energy.dtype).tiny)

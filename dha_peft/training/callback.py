@@ -73,4 +73,5 @@ class DHACallback(TrainerCallback):
         **_: Any,
     ) -> None:
         if self.last is not None and logs is not None and "loss" in logs:
-            logs.update(self.last.logs())
+            # Trackers draw numbers; the phase is in the history.
+            logs.update({name: value for name, value in self.last.logs().items() if not isinstance(value, str)})

@@ -2,13 +2,14 @@
 
     loss = (1 - next_token) * KL(base || student) + next_token * cross-entropy + hidden * mean over layers of the relative squared error
 
-The KL says what matters, the hidden states say it in every layer: a few hundred thousand tokens then go as far as millions do by the KL
-alone. `DHATrainer` lets `hidden` fall to 0 over the run, as in the end only the distribution counts.
+The KL says what matters, the hidden states say it in every layer at once, which tells more per token. `DHATrainer` lets `hidden` fall to 0
+over the run, as in the end only the distribution counts.
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
@@ -57,8 +58,8 @@ def healing_loss(
     objective = objective or Objective()
     inputs = {"input_ids": input_ids} | ({} if attention_mask is None else {"attention_mask": attention_mask})
     inner = student.module if hasattr(student, "module") else student
-    with torch.no_grad(), inner.disable_adapter() if teacher is None else nullcontext():
-        base = inner if teacher is None else teacher
+    base = inner if teacher is None else teacher
+    with torch.no_grad(), _as_teacher(inner) if teacher is None else nullcontext():
         targets = _states(base, base, inputs, objective.hidden > 0)
     states = _states(student, inner, inputs, objective.hidden > 0)
     keep = _kept(attention_mask)
@@ -164,6 +165,18 @@ def _chunk_loss(hidden: Tensor, target: Tensor, labels: Tensor, head, target_hea
     return Divergence.apply(head(hidden), wanted, labels, next_token)
 
 
+@contextmanager
+def _as_teacher(student: PeftModel) -> Iterator[None]:
+    """The student's own base: adapters off, and no dropout."""
+    training = student.training
+    student.eval()
+    try:
+        with student.disable_adapter():
+            yield
+    finally:
+        student.train(training)
+
+
 def _causal(model: nn.Module) -> nn.Module:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
@@ -190,9 +203,11 @@ def check_head(model: nn.Module, input_ids: Tensor) -> None:
     compare something else. `input_ids` `[1, T]`."""
     causal, training = _causal(model), model.training
     model.eval()
-    states = _states(model, model, {"input_ids": input_ids}, every=False)
-    expected = model(input_ids=input_ids, use_cache=False).logits
-    model.train(training)
+    try:
+        states = _states(model, model, {"input_ids": input_ids}, every=False)
+        expected = model(input_ids=input_ids, use_cache=False).logits
+    finally:
+        model.train(training)
     found = causal.get_output_embeddings()(states[-1]).float()
     if (found - expected.float()).norm() > 0.03 * expected.float().norm():  # beyond half-precision rounding
         raise ValueError(

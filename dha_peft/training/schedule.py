@@ -27,6 +27,7 @@ from ..adapter.fusion_state import SCHEDULE
 from ..adapter.layer import DHALayer
 from ..adapter.model import TIED
 from ..attention import KINDS, find_attention
+from ..fusion.operator import fusion_loss
 from .learned_search import learned_plan
 
 SEARCH, FUSION = 0.0, 1.0
@@ -183,7 +184,7 @@ class FusionSchedule:
 
 def _mean_loss(found: list[tuple[Tensor, Tensor]]) -> float:
     """Mean fusion loss of several layers, from their distances."""
-    losses = torch.stack([(apart.sum() / energy.sum()).to(found[0][0].device) for apart, energy in found])
+    losses = torch.stack([fusion_loss(*pair).to(found[0][0].device) for pair in found])
     return float(losses.mean())
 
 

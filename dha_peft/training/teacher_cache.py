@@ -20,6 +20,8 @@ from torch.utils.data import Dataset
 FORMAT = 1
 INDEX = "teacher_cache.json"
 """Written last: a folder without it holds no whole cache."""
+MOST_OPEN = 16
+"""Shards that `CachedRows` keeps open."""
 FIELDS = {"input_ids": torch.long, "attention_mask": torch.long, "indices": torch.long, "log_probs": torch.float32, "rest": torch.float32}  # fmt: skip
 """What a batch holds, and the types in which it is given back."""
 
@@ -48,7 +50,7 @@ def write_teacher_cache(
     """
     folder = Path(folder)
     _make_room(folder, k)
-    shards: list[dict[str, int]] = []
+    shards: list[dict[str, Any]] = []
     waiting: list[dict[str, Tensor]] = []
     for batch in batches:
         waiting.append(_answers(teacher, batch, k, dtype, chunk))
@@ -104,7 +106,7 @@ class TeacherCache:
 
 class CachedRows(Dataset):
     """The rows of a cache as a map-style dataset, for a Trainer that draws its own batches: `input_ids` and `attention_mask` `[T]`,
-    `indices` and `log_probs` `[T, k]`, `rest` `[T]`. Only the row that is asked for is read."""
+    `indices` and `log_probs` `[T, k]`, `rest` `[T]`. Only the row that is asked for is read. Rows of several lengths need a collator of yours."""
 
     def __init__(self, cache: TeacherCache) -> None:
         self.cache = cache
@@ -112,8 +114,8 @@ class CachedRows(Dataset):
         self._places = [
             (number, index, row)
             for number, shard in enumerate(cache.shards)
-            for index in range(shard["batches"])
-            for row in range(self._file(number).get_slice(f"{index}.input_ids").get_shape()[0])
+            for index, count in enumerate(shard["rows"])
+            for row in range(count)
         ]
 
     def __len__(self) -> int:
@@ -129,7 +131,10 @@ class CachedRows(Dataset):
         return {**self.__dict__, "_files": {}}
 
     def _file(self, number: int) -> Any:
+        """An open shard; the one that was opened first makes room."""
         if number not in self._files:
+            if len(self._files) == MOST_OPEN:
+                self._files.pop(next(iter(self._files))).__exit__(None, None, None)
             self._files[number] = safe_open(self.cache.folder / _shard_name(number), "pt").__enter__()
         return self._files[number]
 
@@ -183,11 +188,12 @@ def _make_room(folder: Path, k: int) -> None:
         stale.unlink()
 
 
-def _write_shard(folder: Path, number: int, batches: list[dict[str, Tensor]]) -> dict[str, int]:
+def _write_shard(folder: Path, number: int, batches: list[dict[str, Tensor]]) -> dict[str, Any]:
     """Save the batches of one shard, and say what it holds."""
     path = folder / _shard_name(number)
     save_file({f"{i}.{name}": t.contiguous() for i, batch in enumerate(batches) for name, t in batch.items()}, path)
-    return {"batches": len(batches), "bytes": path.stat().st_size}
+    rows = [len(batch["input_ids"]) for batch in batches]
+    return {"batches": len(batches), "rows": rows, "bytes": path.stat().st_size}
 
 
 def _shard_name(number: int) -> str:

@@ -7,7 +7,7 @@ import torch
 
 from dha_peft.fusion.alignment import align_group
 from dha_peft.fusion.heads import HeadMaps
-from dha_peft.fusion.operator import fuse, fusion_loss, own_share, same_group
+from dha_peft.fusion.operator import distances, fuse, fusion_loss, own_share, same_group
 from dha_peft.fusion.problem import HeadProblem
 
 from .planted import DIM, LAYOUTS, planted_heads, randn, random_gauges, random_psd
@@ -74,8 +74,8 @@ def test_loss_is_zero_exactly_when_nothing_is_left_to_collapse(frame):
         for maps in frame[:2]:
             one = HeadMaps.identity(1, frame[2], dtype=torch.float64)
             maps.pair[3], maps.full[3] = one.pair[0], one.full[0]
-    assert float(fusion_loss(heads, fuse(heads, omega, TOGETHER, *frame))) < 1e-24
-    assert float(fusion_loss(heads, fuse(heads, IDENTITY, TOGETHER, *frame))) > 1e-2
+    assert float(fusion_loss(*distances(heads, fuse(heads, omega, TOGETHER, *frame)))) < 1e-24
+    assert float(fusion_loss(*distances(heads, fuse(heads, IDENTITY, TOGETHER, *frame)))) > 1e-2
 
 
 def test_operator_follows_its_definition(frame):
@@ -121,7 +121,7 @@ def test_mean_rows_are_the_closed_form():
 def test_gradient_reaches_every_entry_inside_a_group(frame):
     omega = IDENTITY.clone().requires_grad_()
     heads = randn(6, DIM, SIZE)
-    fusion_loss(heads, fuse(heads, omega, TOGETHER, *frame)).backward()
+    fusion_loss(*distances(heads, fuse(heads, omega, TOGETHER, *frame))).backward()
     assert omega.grad.isfinite().all()
     groups = TOGETHER.clone()
     groups[3, 3] = False

@@ -140,7 +140,7 @@ def test_a_cached_teacher_heals_like_the_teacher_itself(tmp_path):
     torch.testing.assert_close(cached_loss(small, batch, objective), expected, rtol=1e-4, atol=1e-5)
     arguments = TrainingArguments(
         str(tmp_path / "run"), max_steps=40, learning_rate=3e-3, use_cpu=True, report_to=[], save_strategy="no",
-        remove_unused_columns=False, disable_tqdm=True,
+        disable_tqdm=True,
     )  # fmt: skip
     DHATrainer(small, arguments, teacher=cache).train()
     assert healing_loss(small, ids, mask, base, objective).item() < 0.9 * expected.item()
@@ -159,6 +159,33 @@ def test_logits_that_are_changed_after_the_head_are_refused():
     student.forward = capped_forward
     with pytest.raises(ValueError, match="changes its logits after its head"):
         heal(student, make_rows(), base, disable_tqdm=True)
+
+
+def test_a_teacher_has_no_dropout_and_the_student_keeps_its_mode():
+    adapted = get_dha_model(make_base("gpt2"), DHAConfig(head_budget=0.5, task_type="CAUSAL_LM"), make_batches())
+    adapted.base_model.tie_groups()
+    ids, modes = make_ids(), []
+    handle = adapted.get_base_model().base_model.register_forward_hook(lambda module, *_: modes.append(module.training))
+    adapted.train()
+    healing_loss(adapted, ids)
+    handle.remove()
+    assert modes == [False, True] and adapted.training
+
+
+def test_a_teacher_that_shares_weights_with_the_student_is_refused():
+    base = make_base()
+    adapted = get_dha_model(base, DHAConfig(head_budget=0.5, task_type="CAUSAL_LM"), make_batches())
+    adapted.base_model.tie_groups()
+    merged = adapted.merge_and_unload()
+    with pytest.raises(ValueError, match="`teacher` shares weights"):
+        heal(merged, make_rows(4), base, disable_tqdm=True)
+    heal(merged, make_rows(4), make_base(), disable_tqdm=True)
+
+
+def test_groups_that_are_to_be_learned_are_not_tied_before():
+    config = DHAConfig(head_budget=0.5, grouping="learned", task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match="no groups before its search"):
+        heal(get_dha_model(make_base(), config), make_rows(), disable_tqdm=True)
 
 
 def test_bad_input():
