@@ -43,7 +43,7 @@ def run(folder: Path, world: int) -> list:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    place = {**os.environ, "OMP_NUM_THREADS": "1"}
+    place = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     place["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parent), place.get("PYTHONPATH", "")])
     command = [sys.executable, str(Path(__file__)), str(folder), str(4 // world)]
     jobs = []
