@@ -175,7 +175,7 @@ def _totals(capacities: list[int], options: SearchOptions) -> list[tuple[tuple[s
 
 def damped_costs(curve: GroupCurve, damping: float) -> list[float]:
     """Errors scaled so that a layer's error at a quarter of its heads counts with its `damping`-th power: budgets in
-    full proportion to sensitivity strip early layers, which hurts after healing (ours, measured)."""
+    full proportion to sensitivity strip early layers, which hurts after healing (ours)."""
     quarter = max(curve.errors[max(curve.num_heads // 4, 1) - 1], 1e-30)
     return [error * quarter ** (damping - 1) for error in curve.errors]
 

@@ -76,12 +76,11 @@ class DHATrainer(Trainer):
         self._head_checked = False
         # The loss below is a mean over each micro-batch, so the Trainer has to divide by the accumulation steps.
         self.model_accepts_loss_kwargs = False
-        if isinstance(teacher, nn.Module):
-            teacher.requires_grad_(False).eval().to(self.args.device)
         if teacher is not None:
             freeze_parts(self.model, self.healing.rates)
         if isinstance(teacher, nn.Module):
             _check_shared(teacher, self.model)
+            teacher.requires_grad_(False).eval().to(self.args.device)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **_: Any

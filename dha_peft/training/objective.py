@@ -8,9 +8,10 @@ over the run, as in the end only the distribution counts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -57,22 +58,14 @@ def healing_loss(
     """
     objective = objective or Objective()
     inputs = {"input_ids": input_ids} | ({} if attention_mask is None else {"attention_mask": attention_mask})
-    inner = student.module if hasattr(student, "module") else student
+    inner = _unwrapped(student)
     base = inner if teacher is None else teacher
     with torch.no_grad(), _as_teacher(inner) if teacher is None else nullcontext():
         targets = _states(base, base, inputs, objective.hidden > 0)
-    states = _states(student, inner, inputs, objective.hidden > 0)
-    keep = _kept(attention_mask)
-    labels = _next_tokens(input_ids, attention_mask)
-    rows = [_rows(tensor, keep).split(objective.chunk) for tensor in (states[-1], targets[-1], labels)]
-    head, base_head = _causal(inner).get_output_embeddings(), _causal(base).get_output_embeddings()
-    parts = [
-        checkpoint(
-            _chunk_loss, *part, head, base_head, objective.next_token, use_reentrant=False, preserve_rng_state=False
-        )
-        for part in zip(*rows, strict=True)
-    ]
-    loss = torch.stack(parts).sum() / _count(input_ids, keep)
+    states, keep = _states(student, inner, inputs, objective.hidden > 0), _kept(attention_mask)
+    heads = {name: _causal(model).get_output_embeddings() for name, model in (("head", inner), ("target_head", base))}
+    columns = (states[-1], targets[-1], _next_tokens(input_ids, attention_mask))
+    loss = _mean(partial(_chunk_loss, **heads, next_token=objective.next_token), columns, keep, objective.chunk)
     if objective.hidden:
         errors = [
             relative_error(_rows(ours, keep), _rows(theirs, keep))
@@ -84,18 +77,22 @@ def healing_loss(
 
 def cached_loss(student: nn.Module, batch: dict[str, Tensor], objective: Objective) -> Tensor:
     """The same against the answers of a teacher that are on disk: rows of `CachedRows`, stacked. They hold no hidden states."""
-    inner = student.module if hasattr(student, "module") else student
-    ids, mask = batch["input_ids"], batch["attention_mask"]
-    states, keep = _states(student, inner, {"input_ids": ids, "attention_mask": mask}, every=False), _kept(mask)
-    labels = _next_tokens(ids, mask)
-    columns = (states[-1], labels, batch["indices"], batch["log_probs"], batch["rest"])
-    rows = [_rows(tensor, keep).split(objective.chunk) for tensor in columns]
+    inner, ids, mask = _unwrapped(student), batch["input_ids"], batch["attention_mask"]
+    states = _states(student, inner, {"input_ids": ids, "attention_mask": mask}, every=False)
     head = _causal(inner).get_output_embeddings()
+    columns = (states[-1], _next_tokens(ids, mask), batch["indices"], batch["log_probs"], batch["rest"])
+    chunk_loss = partial(_cached_chunk, head=head, next_token=objective.next_token)
+    return _mean(chunk_loss, columns, _kept(mask), objective.chunk)
+
+
+def _mean(chunk_loss: Callable[..., Tensor], columns: tuple[Tensor, ...], keep: Tensor | None, chunk: int) -> Tensor:
+    """Mean over tokens of a summed loss of columns `[B, T, ...]`, `chunk` tokens at a time, in the backward pass too."""
+    rows = [_rows(tensor, keep) for tensor in columns]
     parts = [
-        checkpoint(_cached_chunk, *part, head, objective.next_token, use_reentrant=False, preserve_rng_state=False)
-        for part in zip(*rows, strict=True)
+        checkpoint(chunk_loss, *part, use_reentrant=False, preserve_rng_state=False)
+        for part in zip(*(tensor.split(chunk) for tensor in rows), strict=True)
     ]
-    return torch.stack(parts).sum() / _count(ids, keep)
+    return torch.stack(parts).sum() / len(rows[0])
 
 
 def _cached_chunk(hidden, labels, indices, log_probs, rest, head, next_token: float) -> Tensor:
@@ -122,10 +119,6 @@ def _rows(tensor: Tensor, keep: Tensor | None) -> Tensor:
     """`[B, T, ...]` -> `[N, ...]`, the tokens that count."""
     flat = tensor.flatten(0, 1)
     return flat if keep is None else flat.index_select(0, keep)
-
-
-def _count(input_ids: Tensor, keep: Tensor | None) -> int:
-    return input_ids.numel() if keep is None else len(keep)
 
 
 def relative_error(ours: Tensor, theirs: Tensor) -> Tensor:
@@ -175,6 +168,11 @@ def _as_teacher(student: PeftModel) -> Iterator[None]:
             yield
     finally:
         student.train(training)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """Without a wrapper for data-parallel training."""
+    return model.module if hasattr(model, "module") else model
 
 
 def _causal(model: nn.Module) -> nn.Module:
