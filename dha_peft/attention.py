@@ -18,6 +18,7 @@ from .models import Family, family_of
 from .models.family import Block, Role, get_path, head_size, kv_heads, rotary_pairs, rotary_size
 from .models.packing import packed_rows
 from .plan import DHAPlan, Groups, LayerPlan
+from .rotary import slow_pairs
 
 KINDS = ("key", "value")
 
@@ -25,7 +26,8 @@ KINDS = ("key", "value")
 @dataclass
 class AttentionSite:
     """One attention block of a base model: `name` is its path from the model, `block` its path from the trunk, `module` the
-    block itself; `role` "cross" reads keys and values from an encoder, "encoder" has no cache (see `Stack`)."""
+    block itself; `role` "cross" reads keys and values from an encoder, "encoder" has no cache (see `Stack`). `slow` `[rotary_dim / 2]` are
+    the rotary pairs that hardly turn."""
 
     index: int
     name: str
@@ -35,6 +37,7 @@ class AttentionSite:
     num_heads: int
     head_dim: int
     rotary_dim: int
+    slow: Tensor
     block: str = ""
     role: Role = "self"
 
@@ -81,7 +84,7 @@ class AttentionSite:
 
     def layout(self, kind: str) -> FrameLayout:
         """What a change of frame may mix: everything for values; for keys only rotary pairs where there are rotary
-        positions, and only what commutes with a norm of each key head."""
+        positions that turn them far, and only what commutes with a norm of the keys."""
         if kind == "value":
             return FrameLayout.full(self.head_dim)
         pairs = torch.tensor(rotary_pairs(self.family, self.rotary_dim), dtype=torch.long).reshape(-1, 2)
@@ -89,7 +92,7 @@ class AttentionSite:
         if self.family.has_norm(self.module, "head_layer") or self.family.has_norm(self.module, "head_rms"):
             turns = torch.full((len(pairs),), self.family.key_norm == "head_rms")
             return FrameLayout(layout.pairs, layout.rest, turns)
-        return layout
+        return layout if self.family.has_turn(self.module) else layout.freed(self.slow)
 
     @property
     def has_bias(self) -> bool:
@@ -206,7 +209,7 @@ def find_attention(model: nn.Module) -> list[AttentionSite]:
             f"{error}; correct `layers` and `attention` of its row, or pass the whole model without a wrapper."
         ) from error
     names = {module: name for name, module in model.named_modules()}
-    sites = [_site(index, names[block.module], block, family, config) for index, block in enumerate(blocks)]
+    sites = [_site(index, names[block.module], block, family, model) for index, block in enumerate(blocks)]
     odd = next((site for site in sites if site.head_dim != sites[0].head_dim), sites[0])
     if odd is not sites[0]:
         raise ValueError(
@@ -223,8 +226,8 @@ def labelled_plan(sites: list[AttentionSite], groups: Iterable[tuple[Groups, Gro
     return DHAPlan(layers, sites[0].head_dim)
 
 
-def _site(index: int, name: str, block: Block, family: Family, config: Any) -> AttentionSite:
-    module = block.module
+def _site(index: int, name: str, block: Block, family: Family, model: nn.Module) -> AttentionSite:
+    module, config = block.module, model.config
     for projection in (family.q, family.k, family.v, family.o):
         if not isinstance(get_path(module, projection, None), nn.Module):
             raise ValueError(
@@ -238,7 +241,8 @@ def _site(index: int, name: str, block: Block, family: Family, config: Any) -> A
         )
     dim = head_size(module, config)
     heads, rotary = family.query_heads(config)[index], rotary_size(family, module, config)
-    site = AttentionSite(index, name, module, family, heads, 0, dim, rotary, block.name, block.role)
+    slow = slow_pairs(model, config, rotary // 2)
+    site = AttentionSite(index, name, module, family, heads, 0, dim, rotary, slow, block.name, block.role)
     fused = family.packing != "separate" and site.projection_name("key") == family.k
     site.num_heads = kv_heads(family, module, config) if fused else site.projection("key").weight.shape[0] // dim
     if site.num_heads < 2:

@@ -13,6 +13,9 @@ from ..search.analysis import Frames
 SCHEDULE = ("step", "lambda1", "lambda2", "start", "phase")
 """What the schedule remembers, in `HeadFusion.schedule`; it lives here because peft saves it with the adapter."""
 
+EQUAL = 1e-5
+"""Relative difference of two rows of `omega` that counts as rounding."""
+
 
 class HeadFusion(nn.Module):
     """Fusion of `H` heads of size `d`.
@@ -96,6 +99,24 @@ class HeadFusion(nn.Module):
             for pair, full in zip(pairs, fulls, strict=True)
         )
         return into, out.restricted(self.layout.to(self.omega.device))
+
+    def tied(self) -> Tensor:
+        """Which heads are what the collapse will make of them, as all rows of their group are equal, `[H]` bool."""
+        together = self._together().to(self.omega.dtype)
+        rows = self.omega.detach() * together
+        mean = together @ rows / together.sum(1, keepdim=True)
+        return (rows - mean).abs().amax(1) <= EQUAL * mean.abs().amax(1)
+
+    def in_frame(self, fused: FusedHeads) -> Tensor:
+        """`fused.heads` with the free rows of tied heads as the shared head has them, for queries turned by `query_turns`."""
+        rest = self.layout.rest.to(fused.heads.device)
+        rows = torch.where(self.tied()[:, None, None], fused.shared[:, rest], fused.heads[:, rest])
+        return fused.heads.index_copy(1, rest, rows)
+
+    def query_turns(self) -> Tensor:
+        """What multiplies the free part of a query, a row, from the right, `[H, R, R]`: the read-out of a tied head, else nothing."""
+        out = self.maps()[1].full
+        return torch.where(self.tied()[:, None, None], out, torch.eye(out.shape[-1], device=out.device))
 
     def own_share(self) -> Tensor:
         """How much every head still is its own, `[H]`: 1 at the start, 0 once its group is tied."""

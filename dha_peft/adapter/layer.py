@@ -8,6 +8,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
+from ..attention import AttentionSite
 from ..fusion.collapse import SharedHeads
 from ..fusion.heads import FrameLayout
 from ..fusion.operator import distances, fusion_loss
@@ -71,14 +72,42 @@ class DHALayer(nn.Module, BaseTunerLayer):
         self._norm_axis = axis
         norm.register_forward_hook(self._renormalise)
 
+    def turn_queries(self, site: AttentionSite) -> None:
+        """Keys of this layout mix slow rotary pairs, so the read-outs of tied heads go where the collapse will have them: to the
+        queries of the block."""
+        self._site = site
+        site.module.register_forward_pre_hook(self._follow_queries)
+
+    def _follow_queries(self, _block: nn.Module, _args: tuple[Any, ...]) -> None:
+        """Other adapters may have been put around the query projection, whose output counts too."""
+        projection = self._site.outer("query")
+        if not _has_hook(projection, self):
+            remove_hooks(projection)
+            projection.register_forward_hook(self._turn_queries)
+
+    def _turn_queries(self, _projection: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        fusion = self._applied_fusion()
+        if fusion is None or not fusion.aligned:
+            return None
+        queries, rest = output.unflatten(-1, (-1, self.layout.head_dim)), self.layout.rest.to(output.device)
+        turns = fusion.query_turns().to(output.dtype).repeat_interleave(self._site.num_query_heads // self.num_heads, 0)
+        turned = torch.einsum("...hr,hrs->...hs", queries[..., rest], turns)
+        return queries.index_copy(-1, rest, turned.to(output.dtype)).flatten(-2)
+
+    def _applied_fusion(self) -> HeadFusion | None:
+        """The adapter whose fused weight the forward uses."""
+        if self.merged:
+            return None if self.disable_adapters else self.dha_fusion[self.merged_adapters[0]]
+        return None if self.disable_adapters else self.active_fusion()
+
     def _renormalise(self, norm: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         """Let heads of one group be divided by one norm, as they are fused: by that of the head turned back into its group's
         frame, in the measure in which it no longer is its own. Then the collapse, which has one norm per group, is exact."""
-        names = self.merged_adapters or [n for n in self.active_adapters if n in self.dha_fusion]
-        if not names or (self.disable_adapters and not self.merged):
+        fusion = self._applied_fusion()
+        if fusion is None:
             return None
         with torch.autocast(output.device.type, enabled=False):
-            ratio = self._norm_ratio(self.dha_fusion[names[0]], args[0].float().movedim(self._norm_axis, 0), norm)
+            ratio = self._norm_ratio(fusion, args[0].float().movedim(self._norm_axis, 0), norm)
             return (output.float() * ratio.movedim(0, self._norm_axis)).to(output.dtype)
 
     def _norm_ratio(self, fusion: HeadFusion, keys: Tensor, norm: nn.Module) -> Tensor:
@@ -108,7 +137,8 @@ class DHALayer(nn.Module, BaseTunerLayer):
         """Weight `[H d, D]` and bias of the projection as the adapter makes it, in the base's dtype."""
         base = self.get_base_layer()
         with torch.autocast(base.weight.device.type, enabled=False):
-            heads = fusion.fuse(self.base_heads()).heads
+            fused = fusion.fuse(self.base_heads())
+            heads = fusion.in_frame(fused) if self.layout.slow and fusion.aligned else fused.heads
             heads = heads if self._gains is None else heads / self._gains.to(heads.device)[..., None]
             rows = heads.flatten(0, 1).to(base.weight.dtype)
         return (rows, None) if base.bias is None else (rows[:, :-1], rows[:, -1])
@@ -181,3 +211,15 @@ class DHALayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "dha." + super().__repr__()
+
+
+def remove_hooks(module: nn.Module) -> None:
+    """Remove the hooks of all `DHALayer`s from a module and what is in it."""
+    for inner in module.modules():
+        for hooks in (inner._forward_hooks, inner._forward_pre_hooks):
+            for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), DHALayer)]:
+                del hooks[key]
+
+
+def _has_hook(module: nn.Module, layer: DHALayer) -> bool:
+    return any(getattr(hook, "__self__", None) is layer for hook in module._forward_hooks.values())

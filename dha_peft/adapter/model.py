@@ -16,7 +16,7 @@ from ..models import FAMILIES, Family, build_merged
 from ..plan import DHAPlan
 from ..search import Analysis, analyse, check_budget
 from .config import DHAConfig
-from .layer import DHALayer
+from .layer import DHALayer, remove_hooks
 from .nesting import refuse_nested_adapters
 from .unpacked import PARTS, pack, unpack
 
@@ -147,6 +147,8 @@ class DHAModel(BaseTuner):
                     layer = DHALayer(target, kind, site.num_heads, site.layout(kind), key, site.gains(kind))
                     if kind == "key" and site.family.has_norm(site.module, "head_rms"):
                         layer.watch_norm(getattr(site.module, site.family.norm), site.family.norm_axis)
+                    if layer.layout.slow:
+                        layer.turn_queries(site)
                     return layer
         raise ValueError(
             f"`target_modules` names `{key}`, which is not a key or value projection of a supported attention block; "
@@ -178,13 +180,10 @@ class DHAModel(BaseTuner):
         return collapse_model(model, sites, plan, shared)
 
     def _plain(self, model: nn.Module) -> nn.Module:
-        """Fused projections in one piece again, norms without hooks."""
+        """Fused projections in one piece again, and no hooks."""
         pack(self._sites)
         for site in self._sites:
-            hooks = getattr(getattr(site.module, site.family.norm, None), "_forward_hooks", {})
-            for key, hook in list(hooks.items()):
-                if isinstance(getattr(hook, "__self__", None), DHALayer):
-                    del hooks[key]
+            remove_hooks(site.module)
         return model
 
     def _adapter_to_merge(self, adapter_names: list[str] | None) -> str | None:

@@ -3,7 +3,8 @@
 For a group of heads `W_i` (`d x E`) with input moment `C` and error metrics `M_i`, the shared head `S = sum_i A_i W_i`
 and the read-outs `B_i` minimise `sum_i E || M_i^(1/2) (W_i - B_i S) x ||^2`. With `X_i = M_i^(1/2) W_i C^(1/2)` stacked,
 this is a truncated SVD, and it needs only the Gram matrices `W_i C W_j^T`. Rotary pairs may only be multiplied by complex numbers:
-there the same problem splits into one rank-1 Hermitian problem per pair.
+there the same problem splits into one rank-1 Hermitian problem per pair. Pairs that hardly turn are mixed freely, and of all frames in which
+the shared head could be written the one next to that of complex numbers is taken, where the read-outs commute best with what they do turn.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def align_group(problem: HeadProblem) -> GroupFrame:
     pair_in, pair_out = _align_pairs(weighted.pair, problem.pair, problem.weight)
     if layout.phases is not None:
         return _rigid_frame(pair_out, problem.pair, layout, problem.rest)
-    full_in, full_out = _align_full(weighted, problem.rest, problem.metric)
+    full_in, full_out = _align_full(weighted, problem)
     return GroupFrame(HeadMaps(pair_in, full_in), HeadMaps(pair_out, full_out))
 
 
@@ -78,21 +79,36 @@ def _rigid_frame(pair_out: Tensor, gram: Tensor, layout: FrameLayout, rest: Tens
     return GroupFrame(HeadMaps(into, identity.full * weight[:, None, None] / count), out)
 
 
-def _align_full(weighted: WeightedGram, gram: Tensor, metric: Tensor) -> tuple[Tensor, Tensor]:
+def _align_full(weighted: WeightedGram, problem: HeadProblem) -> tuple[Tensor, Tensor]:
     """Matrices into and out of the shared free rows, each `[n, R, R]`."""
-    count, size = metric.shape[0], weighted.rest
+    count, size, gram = len(problem), weighted.rest, problem.rest
     if not size:
-        empty = metric.new_zeros(count, 0, 0)
+        empty = gram.new_zeros(count, 0, 0)
         return empty, empty
     values, vectors = top_eigh(weighted.full, size)
     # Directions without energy are known only up to rounding.
     floor = values[-1].clamp_min(torch.finfo(values.dtype).tiny) * 8 * torch.finfo(values.dtype).eps
     vectors = (vectors / values.clamp_min(floor).sqrt()).reshape(count, size, size)
-    into = vectors.transpose(1, 2) @ matrix_sqrt(metric)
-    # In this frame the shared head's outputs are white; give them the mean energy of the heads they replace.
-    scale = _mean_norm(gram, size)
+    into = vectors.transpose(1, 2) @ matrix_sqrt(problem.metric)
     out = torch.einsum("ijab,jcb->iac", gram, into)
-    return into * scale, out / scale
+    # In this frame the shared head's outputs are white; give them the mean energy of the heads they replace.
+    if not problem.layout.slow:
+        scale = _mean_norm(gram, size)
+        return into * scale, out / scale
+    frame = _slow_frame(into, problem)
+    return frame @ into, out @ torch.linalg.pinv(frame)
+
+
+def _slow_frame(into: Tensor, problem: HeadProblem) -> Tensor:
+    """The matrix `[R, R]` that writes the white shared rows `sum_i into_i W_i` as near as an orthogonal matrix can bring them to those of the
+    solution that does not mix slow pairs; where that one is exact, so is this."""
+    strict, size = problem.unmixed(), problem.rest.shape[-1]
+    eye = torch.eye(size, dtype=into.dtype, device=into.device)
+    wanted = align_group(strict).into.apply(eye.expand_as(into), strict.layout)
+    root = matrix_sqrt(torch.einsum("iab,ijbc,jdc->ad", wanted, problem.rest, wanted))
+    cross = torch.linalg.pinv(root, hermitian=True) @ torch.einsum("iab,ijbc,jdc->ad", wanted, problem.rest, into)
+    left, _, right = torch.linalg.svd(cross)
+    return root @ left @ right
 
 
 def _mean_norm(gram: Tensor, size: int) -> Tensor:

@@ -17,8 +17,11 @@ class FrameLayout:
     """Which dimensions of a head a change of frame may mix.
 
     `pairs` `[P, 2]`: dimensions that the position encoding rotates together; only a complex factor per pair commutes
-    with it. `rest` `[R]`: dimensions without positions, which take any `R x R` map. Values and keys of models
-    without rotary positions have `P = 0`.
+    with it. `rest` `[R]`: dimensions that take any `R x R` map, as they have no positions or turn too slowly to matter. Values and keys
+    of models without rotary positions have `P = 0`.
+
+    `slow`: how many pairs are among the `rest`, the `s`-th of them as its dimensions `s` and `slow + s`. A map that mixes them commutes with
+    positions only nearly, so read-outs of keys have to be applied where the collapse will have them, at the queries.
 
     `phases` `[P]` is for keys that are normalised head by head after their projection: a read-out must then commute with
     the norm, so it turns the pairs where `phases` is true without changing their length, and leaves all else alone.
@@ -27,6 +30,7 @@ class FrameLayout:
     pairs: Tensor
     rest: Tensor
     phases: Tensor | None = None
+    slow: int = 0
 
     @classmethod
     def full(cls, head_dim: int) -> FrameLayout:
@@ -42,13 +46,18 @@ class FrameLayout:
         pairs = torch.stack([2 * first, 2 * first + 1] if interleaved else [first, first + rotary_dim // 2], dim=1)
         return cls(pairs, torch.arange(rotary_dim, head_dim))
 
+    def freed(self, slow: Tensor) -> FrameLayout:
+        """The same with the pairs where `slow` `[P]` is true among the free dimensions."""
+        rest = torch.cat([self.pairs[slow].T.flatten(), self.rest])
+        return FrameLayout(self.pairs[~slow], rest, slow=int(slow.sum()))
+
     @property
     def head_dim(self) -> int:
         return 2 * len(self.pairs) + len(self.rest)
 
     def to(self, device: torch.device | str) -> FrameLayout:
         phases = None if self.phases is None else self.phases.to(device)
-        return FrameLayout(self.pairs.to(device), self.rest.to(device), phases)
+        return FrameLayout(self.pairs.to(device), self.rest.to(device), phases, self.slow)
 
 
 @dataclass

@@ -62,6 +62,16 @@ class HeadProblem:
         pair, rest = self.pair[:, members][:, :, members], self.rest[members][:, members]
         return HeadProblem(pair, rest, self.weight[:, members], self.metric[members], self.layout)
 
+    def unmixed(self) -> HeadProblem:
+        """The problem of the free rows alone, if slow pairs may only take complex factors."""
+        slow, size = self.layout.slow, self.rest.shape[-1]
+        first, second, other = torch.arange(slow), torch.arange(slow, 2 * slow), torch.arange(2 * slow, size)
+        layout = FrameLayout(torch.stack([first, second], 1), other).to(self.rest.device)
+        real = self.rest[:, :, first, first] + self.rest[:, :, second, second]
+        pair = torch.complex(real, self.rest[:, :, second, first] - self.rest[:, :, first, second]).permute(2, 0, 1)
+        free = (..., other[:, None], other)
+        return HeadProblem(pair, self.rest[free], _pair_weight(self.metric, layout), self.metric[free], layout)
+
     def weighted(self) -> WeightedGram:
         """Gram matrices under the metrics."""
         root = self.weight.clamp_min(0).sqrt()

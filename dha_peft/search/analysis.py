@@ -24,6 +24,8 @@ from .calibration import Statistics, collect_statistics
 
 LARGE = 2048
 """Inputs of an attention block from which the search uses float32."""
+SMALL = 2**19
+"""Numbers in the Gram matrices of free rows up to which a problem is kept: 4 MB in double precision."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Analysis:
     statistics: Statistics
     curves: list[dict[str, GroupCurve]]
     problems: list[dict[str, HeadProblem]] = field(default_factory=list)
-    """Problems of rotary heads, which are small; those with free rows are stated anew, layer by layer, to hold only one."""
+    """Problems with few free rows, which are small; others are stated anew, layer by layer, to hold only one."""
     grouping: str = "aligned"
     _refined: dict[tuple[int, str, int], Groups] = field(default_factory=dict, repr=False)
 
@@ -119,7 +121,7 @@ def search_groups(sites: list[AttentionSite], statistics: Statistics, grouping: 
     for site in tqdm(sites, desc="searching groups", unit="layer", disable=None):
         found = {kind: layer_problem(site, statistics, kind) for kind in KINDS}
         curves.append({kind: _curve(grouping, site, statistics, kind, found[kind]) for kind in KINDS})
-        problems.append({kind: problem for kind, problem in found.items() if not problem.rest.numel()})
+        problems.append({kind: problem for kind, problem in found.items() if problem.rest.numel() <= SMALL})
     return Analysis(sites, statistics, curves, problems, grouping)
 
 

@@ -27,16 +27,24 @@ def random_gauges(count: int, layout: FrameLayout) -> HeadMaps:
     return HeadMaps(pair, full).restricted(layout)
 
 
+def gauge_layout(site: AttentionSite, kind: str) -> FrameLayout:
+    """What leaves a head exactly as it is: of slow rotary pairs too, only complex factors."""
+    layout = site.layout(kind)
+    first, second, rest = layout.rest.split([layout.slow, layout.slow, len(layout.rest) - 2 * layout.slow])
+    return FrameLayout(torch.cat([layout.pairs, torch.stack([first, second], 1)]), rest, layout.phases)
+
+
 def plant(site: AttentionSite, kind: str, half_turns: bool = False) -> tuple[tuple[int, ...], ...]:
     """Make half of the heads of one kind copies of the others, each in a random frame; returns the pairs."""
     order = torch.randperm(site.num_heads).tolist()
     half = site.num_heads // 2
     heads = getattr(site.weights(), kind)
-    gauges = random_gauges(half, site.layout(kind))
+    layout = gauge_layout(site, kind)
+    gauges = random_gauges(half, layout)
     if half_turns:
         gauges.pair = torch.zeros_like(gauges.pair)
         gauges.pair[..., 0] = torch.randint(2, gauges.pair.shape[:2]) * 2.0 - 1
-    heads[order[half:]] = gauges.apply(heads[order[:half]], site.layout(kind))
+    heads[order[half:]] = gauges.apply(heads[order[:half]], layout)
     write(site, kind, heads)
     return tuple(sorted(tuple(sorted(pair)) for pair in zip(order[:half], order[half:], strict=True)))
 

@@ -16,6 +16,8 @@ LAYOUTS = {
     "partial": FrameLayout.rotary(DIM, 4),
     "partial-interleaved": FrameLayout.rotary(DIM, 4, interleaved=True),
     "full": FrameLayout.full(DIM),
+    "slow": FrameLayout.rotary(DIM).freed(torch.tensor([False, False, True, True])),
+    "slow-partial": FrameLayout.rotary(DIM, 6).freed(torch.tensor([False, False, True])),
 }
 
 

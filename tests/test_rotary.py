@@ -1,0 +1,56 @@
+"""Which rotary pairs count as slow, and that heads which mix them are what the collapse will make of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from adapter.tiny import logits, make_base, make_batches
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from dha_peft import DHAConfig, get_dha_model
+from dha_peft.attention import find_attention
+
+
+@pytest.mark.parametrize(
+    ("fields", "slow"),
+    [
+        ({}, [False, False, True, True]),  # turns of 128, 12.8, 1.28 and 0.128 over 128 tokens
+        ({"max_position_embeddings": 4096}, [False] * 4),
+        ({"max_position_embeddings": 2048}, [False, False, False, True]),
+    ],
+)
+def test_pairs_are_slow_that_turn_less_than_half_a_turn(fields, slow):
+    site = find_attention(make_base(**fields))[0]
+    layout = site.layout("key")
+    assert site.slow.tolist() == slow and layout.slow == sum(slow)
+    assert sorted([*layout.pairs.flatten().tolist(), *layout.rest.tolist()]) == list(range(8))
+    assert site.layout("value").slow == 0
+
+
+def test_scaled_frequencies_count_as_they_are():
+    rope = {"rope_type": "linear", "factor": 8.0, "rope_theta": 10000.0}
+    sizes = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig(**sizes, vocab_size=8, max_position_embeddings=128, rope_parameters=rope)
+    assert find_attention(LlamaForCausalLM(config))[0].slow.tolist() == [False, True, True, True]
+
+
+@pytest.mark.parametrize(("model_type", "pairs"), [("qwen3", 4), ("olmo2", 4), ("gpt2", 0)])
+def test_no_pair_is_mixed_under_a_norm_or_without_rotary_positions(model_type, pairs):
+    layout = find_attention(make_base(model_type, head_dim=8))[0].layout("key")
+    assert layout.slow == 0 and len(layout.pairs) == pairs
+
+
+@torch.no_grad()
+def test_tied_heads_collapse_exactly_at_far_positions():
+    adapted = get_dha_model(make_base(), DHAConfig(head_budget=0.25), make_batches())
+    ids = torch.randint(2, 64, (1, 128), generator=torch.Generator().manual_seed(0))
+    before = logits(adapted, ids)
+    torch.testing.assert_close(before, logits(adapted.get_base_model(), ids))
+    adapted.base_model.tie_groups()
+    tied = logits(adapted, ids)
+    assert not torch.allclose(tied, before, atol=0.1)
+    with adapted.disable_adapter():
+        torch.testing.assert_close(logits(adapted, ids), before)
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(logits(merged, ids), tied, atol=1e-4, rtol=1e-4)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in merged.modules())
