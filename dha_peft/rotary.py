@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-MOST_TURN = math.pi
+MOST_TURN = 2 * math.pi / 3
 """Radians over the longest context up to which a pair is slow. Most attention is near, where such a pair turns by a small part of this."""
 
 
 def slow_pairs(model: nn.Module, config: Any, count: int) -> Tensor:
-    """Which of the `count` rotary pairs of a head turn by at most half a turn over `config.max_position_embeddings`, `[count]` bool.
+    """Which of the `count` rotary pairs of a head turn by at most a third of a turn over `config.max_position_embeddings`, `[count]` bool.
 
     Frequencies are read from the model's own rotary embeddings, so that scaled ones count as they are; of several (layers with a base of
     their own) each pair takes the fastest. A model that keeps none in `inv_freq` buffers has no slow pair.

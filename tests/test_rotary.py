@@ -19,7 +19,7 @@ from dha_peft.attention import find_attention
         ({"max_position_embeddings": 2048}, [False, False, False, True]),
     ],
 )
-def test_pairs_are_slow_that_turn_less_than_half_a_turn(fields, slow):
+def test_pairs_are_slow_that_turn_at_most_a_third(fields, slow):
     site = find_attention(make_base(**fields))[0]
     layout = site.layout("key")
     assert site.slow.tolist() == slow and layout.slow == sum(slow)
