@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..kernels import HAS_TRITON
@@ -42,7 +42,16 @@ class RelativeError(torch.autograd.Function):
 
 def divergence(logits: Tensor, wanted: Tensor, labels: Tensor, next_token: float) -> tuple[Tensor, Tensor]:
     """Summed `(1 - next_token) * KL + next_token * NLL` of logits `[N, V]`, and its gradient in their precision: a difference of two
-    distributions. `labels` `[N]`, negative where there is none."""
+    distributions. `labels` `[N]`, negative where there is none. One kernel where Triton runs."""
+    if HAS_TRITON and logits.is_cuda and logits.dtype != torch.float64:
+        from .triton_divergence import divergence_kernel
+
+        return divergence_kernel(logits, wanted, labels, next_token)
+    return naive_divergence(logits, wanted, labels, next_token)
+
+
+def naive_divergence(logits: Tensor, wanted: Tensor, labels: Tensor, next_token: float) -> tuple[Tensor, Tensor]:
+    """The reference of the kernel."""
     ours, gap = _wide_log_softmax(logits), _wide_log_softmax(wanted)
     target, at = gap.exp(), labels.clamp_min(0)[:, None]
     labelled = (labels >= 0)[:, None] * next_token
@@ -53,38 +62,18 @@ def divergence(logits: Tensor, wanted: Tensor, labels: Tensor, next_token: float
     return loss, gradient.to(logits.dtype)
 
 
-class Divergence(torch.autograd.Function):
-    """`divergence` with its gradient, by one kernel where it runs."""
+class HeadLoss(torch.autograd.Function):
+    """Sum over rows `[N, D]` of a loss of `head(rows)`. `loss_of(logits, *columns)` gives it and its gradient by the logits for `chunk` rows
+    at a time, and the head's backward pass follows at once, so that logits of one chunk exist at a time and are made only once.
 
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, wanted: Tensor, labels: Tensor, next_token: float) -> Tensor:
-        if HAS_TRITON and logits.is_cuda and logits.dtype != torch.float64:
-            from .triton_divergence import divergence_kernel
-
-            loss, gradient = divergence_kernel(logits, wanted, labels, next_token)
-        else:
-            loss, gradient = divergence(logits, wanted, labels, next_token)
-        ctx.save_for_backward(gradient)
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * scale.to(gradient.dtype), None, None, None
-
-
-class SummedByChunks(torch.autograd.Function):
-    """Sum of `chunk_loss(rows, *columns)` over chunks of rows `[N, D]` and of what belongs to them. A chunk's gradient is made as soon as
-    its loss, so what lies between, such as logits, exists for one chunk at a time and is never computed again.
-
-    `parameters`: all trainable ones that `chunk_loss` uses.
+    `columns`: what else belongs to the rows. `parameters`: the head's trainable ones.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        chunk_loss: Callable[..., Tensor],
+        head: nn.Module,
+        loss_of: Callable[..., tuple[Tensor, Tensor]],
         chunk: int,
         columns: tuple[Tensor, ...],
         rows: Tensor,
@@ -95,20 +84,21 @@ class SummedByChunks(torch.autograd.Function):
         for part, *others in zip(*(tensor.split(chunk) for tensor in (rows, *columns)), strict=True):
             with torch.set_grad_enabled(differentiable):
                 part = part.detach().requires_grad_(differentiable)
-                loss = chunk_loss(part, *others)
-            losses.append(loss.detach())
+                logits = head(part)
+            loss, gradient = loss_of(logits.detach(), *others)
+            losses.append(loss)
             if differentiable:
-                piece, *gradients = torch.autograd.grad(loss, (part, *parameters), materialize_grads=True)
+                piece, *found = torch.autograd.grad(logits, (part, *parameters), gradient, materialize_grads=True)
                 pieces.append(piece)
-                totals = [a + b for a, b in zip(totals, gradients, strict=True)] if totals else gradients
-        if pieces:
+                totals = [a + b for a, b in zip(totals, found, strict=True)] if totals else found
+        if differentiable:
             ctx.save_for_backward(torch.cat(pieces), *totals)
         return torch.stack(losses).sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, None, *(gradient * scale.to(gradient.dtype) for gradient in ctx.saved_tensors)
+        return None, None, None, None, *(gradient * scale.to(gradient.dtype) for gradient in ctx.saved_tensors)
 
 
 def _wide(tensor: Tensor) -> Tensor:

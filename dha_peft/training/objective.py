@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
 
-from .losses import Divergence, RelativeError, SummedByChunks
+from .losses import HeadLoss, RelativeError, divergence
 from .teacher_cache import topk_kl
 
 
@@ -62,10 +62,11 @@ def healing_loss(
     with torch.no_grad(), _as_teacher(inner) if teacher is None else nullcontext():
         targets = _states(base, base, inputs, objective.hidden > 0)
     states, keep = _states(student, inner, inputs, objective.hidden > 0), _kept(attention_mask)
-    heads = {name: _causal(model).get_output_embeddings() for name, model in (("head", inner), ("target_head", base))}
-    columns = (states[-1], targets[-1], _next_tokens(input_ids, attention_mask))
-    chunk_loss = partial(_chunk_loss, **heads, next_token=objective.next_token)
-    loss = _mean(chunk_loss, heads["head"], columns, keep, objective.chunk)
+    head, target_head = (_causal(model).get_output_embeddings() for model in (inner, base))
+    loss_of = partial(_against_states, target_head=target_head, next_token=objective.next_token)
+    loss = _mean(
+        head, loss_of, (states[-1], targets[-1], _next_tokens(input_ids, attention_mask)), keep, objective.chunk
+    )
     if objective.hidden:
         errors = [RelativeError.apply(ours, theirs, keep) for ours, theirs in zip(states[1:], targets[1:], strict=True)]
         loss = loss + objective.hidden * torch.stack(errors).mean()
@@ -78,26 +79,38 @@ def cached_loss(student: nn.Module, batch: dict[str, Tensor], objective: Objecti
     states = _states(student, inner, {"input_ids": ids, "attention_mask": mask}, every=False)
     head = _causal(inner).get_output_embeddings()
     columns = (states[-1], _next_tokens(ids, mask), batch["indices"], batch["log_probs"], batch["rest"])
-    chunk_loss = partial(_cached_chunk, head=head, next_token=objective.next_token)
-    return _mean(chunk_loss, head, columns, _kept(mask), objective.chunk)
+    return _mean(head, partial(_against_cache, next_token=objective.next_token), columns, _kept(mask), objective.chunk)
 
 
 def _mean(
-    chunk_loss: Callable[..., Tensor], head: nn.Module, columns: tuple[Tensor, ...], keep: Tensor | None, chunk: int
+    head: nn.Module,
+    loss_of: Callable[..., tuple[Tensor, Tensor]],
+    columns: tuple[Tensor, ...],
+    keep: Tensor | None,
+    chunk: int,
 ) -> Tensor:
-    """Mean over tokens of a summed loss of columns `[B, T, ...]`, `chunk` tokens at a time. The first column, the student's states, and
-    its `head` get gradients."""
+    """Mean of a `HeadLoss` over the tokens that count. Columns `[B, T, ...]`, of which the first are the student's states."""
     rows, *others = (_rows(tensor, keep) for tensor in columns)
     parameters = [p for p in head.parameters() if p.requires_grad and torch.is_grad_enabled()]
-    return SummedByChunks.apply(chunk_loss, chunk, tuple(others), rows, *parameters) / len(rows)
+    return HeadLoss.apply(head, loss_of, chunk, tuple(others), rows, *parameters) / len(rows)
 
 
-def _cached_chunk(hidden, labels, indices, log_probs, rest, head, next_token: float) -> Tensor:
-    logits = head(hidden).float()
-    loss = (1 - next_token) * topk_kl(logits, indices, log_probs, rest).sum()
-    if next_token:
-        loss = loss + next_token * F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
-    return loss
+def _against_states(
+    logits: Tensor, target: Tensor, labels: Tensor, target_head: nn.Module, next_token: float
+) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        return divergence(logits, target_head(target), labels, next_token)
+
+
+def _against_cache(
+    logits: Tensor, labels: Tensor, indices: Tensor, log_probs: Tensor, rest: Tensor, next_token: float
+) -> tuple[Tensor, Tensor]:
+    with torch.enable_grad():
+        logits = logits.requires_grad_()
+        loss = (1 - next_token) * topk_kl(logits, indices, log_probs, rest).sum()
+        if next_token:
+            loss = loss + next_token * F.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="sum")
+    return loss.detach(), torch.autograd.grad(loss, logits)[0]
 
 
 def _next_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -116,12 +129,6 @@ def _rows(tensor: Tensor, keep: Tensor | None) -> Tensor:
     """`[B, T, ...]` -> `[N, ...]`, the tokens that count."""
     flat = tensor.flatten(0, 1)
     return flat if keep is None else flat.index_select(0, keep)
-
-
-def _chunk_loss(hidden: Tensor, target: Tensor, labels: Tensor, head, target_head, next_token: float) -> Tensor:
-    with torch.no_grad():
-        wanted = target_head(target)
-    return Divergence.apply(head(hidden), wanted, labels, next_token)
 
 
 @contextmanager

@@ -1,4 +1,5 @@
-"""The divergence of next-token distributions and its gradient in one Triton kernel, one program per token. See `losses.divergence`."""
+"""The divergence of next-token distributions and its gradient in one Triton kernel, one program per token. Its reference is
+`losses.naive_divergence`."""
 
 from __future__ import annotations
 
@@ -41,7 +42,7 @@ def _divergence_kernel(ours, theirs, labels, losses, gradient, size, next_token,
 
 
 def divergence_kernel(logits: Tensor, wanted: Tensor, labels: Tensor, next_token: float) -> tuple[Tensor, Tensor]:
-    """As `losses.divergence`, whose arguments and results these are, for logits on a GPU in at most 32 bits."""
+    """As `losses.naive_divergence`, for logits on a GPU in at most 32 bits."""
     logits, wanted, labels = logits.contiguous(), wanted.contiguous(), labels.contiguous()
     count, size = logits.shape
     losses, gradient = logits.new_empty(count, dtype=torch.float32), torch.empty_like(logits)
