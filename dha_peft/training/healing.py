@@ -258,6 +258,7 @@ def default_arguments(student: nn.Module) -> dict[str, Any]:
         "bf16": device.type == "cuda" and torch.cuda.is_bf16_supported(),
         "use_cpu": device.type == "cpu",
         "logging_steps": 0.05,
+        "logging_nan_inf_filter": False,  # it makes the host wait for the device at every step
         "save_strategy": "no",
         "report_to": [],
         "remove_unused_columns": False,

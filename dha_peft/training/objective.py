@@ -13,14 +13,13 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from .losses import HeadLoss, RelativeError, divergence
 from .teacher_cache import topk_kl
 
 
@@ -63,14 +62,13 @@ def healing_loss(
     with torch.no_grad(), _as_teacher(inner) if teacher is None else nullcontext():
         targets = _states(base, base, inputs, objective.hidden > 0)
     states, keep = _states(student, inner, inputs, objective.hidden > 0), _kept(attention_mask)
-    heads = {name: _causal(model).get_output_embeddings() for name, model in (("head", inner), ("target_head", base))}
-    columns = (states[-1], targets[-1], _next_tokens(input_ids, attention_mask))
-    loss = _mean(partial(_chunk_loss, **heads, next_token=objective.next_token), columns, keep, objective.chunk)
+    head, target_head = (_causal(model).get_output_embeddings() for model in (inner, base))
+    loss_of = partial(_against_states, target_head=target_head, next_token=objective.next_token)
+    loss = _mean(
+        head, loss_of, (states[-1], targets[-1], _next_tokens(input_ids, attention_mask)), keep, objective.chunk
+    )
     if objective.hidden:
-        errors = [
-            relative_error(_rows(ours, keep), _rows(theirs, keep))
-            for ours, theirs in zip(states[1:], targets[1:], strict=True)
-        ]
+        errors = [RelativeError.apply(ours, theirs, keep) for ours, theirs in zip(states[1:], targets[1:], strict=True)]
         loss = loss + objective.hidden * torch.stack(errors).mean()
     return loss
 
@@ -81,26 +79,38 @@ def cached_loss(student: nn.Module, batch: dict[str, Tensor], objective: Objecti
     states = _states(student, inner, {"input_ids": ids, "attention_mask": mask}, every=False)
     head = _causal(inner).get_output_embeddings()
     columns = (states[-1], _next_tokens(ids, mask), batch["indices"], batch["log_probs"], batch["rest"])
-    chunk_loss = partial(_cached_chunk, head=head, next_token=objective.next_token)
-    return _mean(chunk_loss, columns, _kept(mask), objective.chunk)
+    return _mean(head, partial(_against_cache, next_token=objective.next_token), columns, _kept(mask), objective.chunk)
 
 
-def _mean(chunk_loss: Callable[..., Tensor], columns: tuple[Tensor, ...], keep: Tensor | None, chunk: int) -> Tensor:
-    """Mean over tokens of a summed loss of columns `[B, T, ...]`, `chunk` tokens at a time, in the backward pass too."""
-    rows = [_rows(tensor, keep) for tensor in columns]
-    parts = [
-        checkpoint(chunk_loss, *part, use_reentrant=False, preserve_rng_state=False)
-        for part in zip(*(tensor.split(chunk) for tensor in rows), strict=True)
-    ]
-    return torch.stack(parts).sum() / len(rows[0])
+def _mean(
+    head: nn.Module,
+    loss_of: Callable[..., tuple[Tensor, Tensor]],
+    columns: tuple[Tensor, ...],
+    keep: Tensor | None,
+    chunk: int,
+) -> Tensor:
+    """Mean of a `HeadLoss` over the tokens that count. Columns `[B, T, ...]`, of which the first are the student's states."""
+    rows, *others = (_rows(tensor, keep) for tensor in columns)
+    parameters = [p for p in head.parameters() if p.requires_grad and torch.is_grad_enabled()]
+    return HeadLoss.apply(head, loss_of, chunk, tuple(others), rows, *parameters) / len(rows)
 
 
-def _cached_chunk(hidden, labels, indices, log_probs, rest, head, next_token: float) -> Tensor:
-    logits = head(hidden).float()
-    loss = (1 - next_token) * topk_kl(logits, indices, log_probs, rest).sum()
-    if next_token:
-        loss = loss + next_token * F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
-    return loss
+def _against_states(
+    logits: Tensor, target: Tensor, labels: Tensor, target_head: nn.Module, next_token: float
+) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        return divergence(logits, target_head(target), labels, next_token)
+
+
+def _against_cache(
+    logits: Tensor, labels: Tensor, indices: Tensor, log_probs: Tensor, rest: Tensor, next_token: float
+) -> tuple[Tensor, Tensor]:
+    with torch.enable_grad():
+        logits = logits.requires_grad_()
+        loss = (1 - next_token) * topk_kl(logits, indices, log_probs, rest).sum()
+        if next_token:
+            loss = loss + next_token * F.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="sum")
+    return loss.detach(), torch.autograd.grad(loss, logits)[0]
 
 
 def _next_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -119,43 +129,6 @@ def _rows(tensor: Tensor, keep: Tensor | None) -> Tensor:
     """`[B, T, ...]` -> `[N, ...]`, the tokens that count."""
     flat = tensor.flatten(0, 1)
     return flat if keep is None else flat.index_select(0, keep)
-
-
-def relative_error(ours: Tensor, theirs: Tensor) -> Tensor:
-    """Squared error of hidden states `[N, D]` over the variance of the teacher's, a scalar."""
-    theirs = theirs.float()
-    return (ours.float() - theirs).square().mean() / (theirs - theirs.mean(0)).square().mean().clamp_min(1e-12)
-
-
-class Divergence(torch.autograd.Function):
-    """Summed `(1 - next_token) * KL + next_token * NLL` of logits `[N, V]`. Its gradient is the difference of two distributions, so
-    it is made at once, in the logits' own precision, and nothing else of size `[N, V]` is kept."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, wanted: Tensor, labels: Tensor, next_token: float) -> Tensor:
-        ours = logits.log_softmax(-1, dtype=torch.float32)
-        theirs = wanted.log_softmax(-1, dtype=torch.float32)
-        labelled = (labels >= 0)[:, None] * next_token
-        at = labels.clamp_min(0)[:, None]
-        nll = -(ours.gather(1, at) * labelled).sum()
-        target = theirs.exp()
-        loss = (1 - next_token) * torch.linalg.vecdot(target, theirs.sub_(ours)).sum() + nll
-        if ctx.needs_input_grad[0]:
-            gradient = ours.exp_().mul_(1 - next_token + labelled).sub_(target.mul_(1 - next_token))
-            gradient.scatter_add_(1, at, -labelled.to(gradient.dtype).expand_as(at))
-            ctx.save_for_backward(gradient.to(logits.dtype))
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * scale.to(gradient.dtype), None, None, None
-
-
-def _chunk_loss(hidden: Tensor, target: Tensor, labels: Tensor, head, target_head, next_token: float) -> Tensor:
-    with torch.no_grad():
-        wanted = target_head(target)
-    return Divergence.apply(head(hidden), wanted, labels, next_token)
 
 
 @contextmanager
