@@ -16,6 +16,10 @@ MAX_SPLITS = 512
 _LOG2E = 1.4426950408889634
 # Bytes that one program keeps on the way: several times what a multiprocessor's bandwidth x latency comes to.
 _IN_FLIGHT = 160 * 1024
+# Keys a multiprocessor below which a cache is short.
+_SHORT = 128
+# Numbers that one program of the second kernel takes: few programs start sooner than many.
+_COMBINED = 4096
 
 
 @dataclass(frozen=True)
@@ -30,17 +34,20 @@ class Tiling:
 
 
 @lru_cache(maxsize=512)
-def choose_tiling(rows: int, block_d: int, shared_memory: int) -> Tiling:
+def choose_tiling(rows: int, block_d: int, shared_memory: int, short: bool = False) -> Tiling:
     """Tiles that keep the accumulators in registers and fill shared memory with loads in flight.
 
     Args:
         rows: query heads x tokens. block_d: columns of a tile.
         shared_memory: bytes that one program may use.
+        short: there is so little to read that the time of a program's steps counts, not the memory's.
 
-    On an H100 one program of 8 warps with 128 keys a tile was the fastest for 32 query heads of 128 at every size
-    (`benchmarks/decode_tune.py`); two smaller programs per multiprocessor took 1 to 6 % longer.
+    On an H100 one program of 8 warps with 128 keys a tile was the fastest for 32 query heads of 128 at every size that
+    memory bounds, and 4 warps with 64 keys took 20 to 25 % less time on what is `short` (`benchmarks/decode_tune.py`).
     """
     rows = min(128 if block_d <= 128 else 64, max(16, triton.next_power_of_2(rows)))
+    if short and rows <= 32:
+        return Tiling(rows, 64, 4, min(6, _stages(rows, 64, block_d, shared_memory)), 1)
     fits = [keys for keys in (128, 64, 32) if keys * block_d <= 128 * 128 and (rows <= 32 or keys < 128)]
     deep = [keys for keys in fits if _stages(rows, keys, block_d, shared_memory) >= 4]
     keys = deep[0] if deep else fits[-1]
@@ -62,15 +69,17 @@ def choose_splits(tasks: int, slots: int, num_keys: int, heads_read: int, rows: 
         tasks: programs without splitting. slots: programs that run at once. num_keys: capacity of the cache.
         heads_read: key heads + value heads. rows: query rows of a program. tile: keys of a tile.
 
-    The cost is counted in half-precision head vectors: what the busiest slot reads, plus the partial outputs
-    (float32, written and read once) that it adds. Whole waves win: a second, half empty one costs as much as a full one.
+    The cost is counted in half-precision head vectors: what all slots together have to read, partial outputs included
+    (float32, written and read once), a share of what the busiest slot reads, because memory is saturated before every
+    slot is at work, and what a wave of programs takes to start and to end. Fitted to an H100.
     """
 
     def cost(splits: int) -> float:
-        waves = -(-tasks * splits // slots)
-        even = -(-num_keys // splits)
-        keys = -(-even // 16) * 16 if even <= tile else -(-even // tile) * tile
-        return waves * (keys * heads_read + (0 if splits == 1 else rows * 4))
+        waves, rounds = -(-tasks * splits // slots), -(-num_keys // (splits * tile))
+        # A tile takes some time, however few keys there are in it.
+        keys = rounds * max(-(-num_keys // (splits * rounds)), 64)
+        program = keys * heads_read + (0 if splits == 1 else rows * 4)
+        return program * (tasks * splits / slots + 0.3 * waves) + 470 * waves
 
     most = max(1, min(MAX_SPLITS, -(-num_keys // 32)))
     return min(range(1, most + 1), key=cost)
@@ -112,11 +121,12 @@ def launch_decode(
     # next tile over it before the slower kind has read it (one buffer too few).
     rows, num_keys, block_d = heads * tokens, k.shape[2], max(64, triton.next_power_of_2(dim))
     processors, shared_memory, pdl = _device(q.device.index or 0)
-    tiling = tiling or choose_tiling(rows, block_d, shared_memory)
+    tiling = tiling or choose_tiling(rows, block_d, shared_memory, batch * num_keys <= _SHORT * processors)
     row_blocks = -(-rows // tiling.rows)
     slots = processors * tiling.per_processor
     heads_read = k.shape[1] + v.shape[1]
-    splits = splits or choose_splits(batch * row_blocks, slots, num_keys, heads_read, tiling.rows, tiling.keys)
+    capacity = -(-num_keys // 64) * 64  # so that a growing cache asks anew only now and then
+    splits = splits or choose_splits(batch * row_blocks, slots, capacity, heads_read, tiling.rows, tiling.keys)
     out = q.new_empty(batch, tokens, heads, dim).transpose(1, 2)
     part, lse = _partials(q, splits, rows)
     with on_device_of(q):
@@ -136,11 +146,12 @@ def launch_decode(
 
 def _combine(part: Tensor, lse: Tensor, out: Tensor, pdl: bool) -> None:
     batch, splits, rows, dim = part.shape
-    padded = triton.next_power_of_2(splits)
-    dims = max(16, min(triton.next_power_of_2(dim), 8192 // padded))
-    combine_kernel[(rows, batch, -(-dim // dims))](
-        part, lse, out, *out.stride()[:3], rows, splits, TOKENS=out.shape[2], DIM=dim, SPLITS=padded, DIMS=dims,
-        PDL=pdl, num_warps=4 if padded * dims >= 4096 else 2, **({"launch_pdl": True} if pdl else {}),
+    padded, wide = triton.next_power_of_2(splits), triton.next_power_of_2(dim)
+    dims = max(16, min(wide, _COMBINED // padded))
+    group = max(1, min(triton.next_power_of_2(rows), _COMBINED // (padded * dims)))
+    combine_kernel[(-(-rows // group), batch, -(-dim // dims))](
+        part, lse, out, *out.stride()[:3], rows, splits, TOKENS=out.shape[2], DIM=dim, SPLITS=padded, ROWS=group,
+        DIMS=dims, PDL=pdl, num_warps=max(4, min(8, group)), **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
 
 

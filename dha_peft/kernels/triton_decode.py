@@ -2,8 +2,8 @@
 
 One program serves a share of one sequence and all query heads. It walks over blocks of keys; in each block the key
 heads and then the value heads pass by as one uninterrupted stream of tiles, so the loads never drain between keys and
-values. The matrix unit is idle anyway, so a tile meets *all* query heads, as keys and as values, and each query head
-keeps the result of the one head that its map names. A second kernel combines the shares.
+values. The matrix unit is idle anyway, so a tile meets *all* query heads, and each query head keeps the result of the
+one head that its map names. A second kernel combines the shares.
 
 Scores are kept transposed (`[keys, rows]`, a row is one query head and token), so that the tile is the wide operand
 of the product and goes from shared memory straight to the matrix unit.
@@ -20,22 +20,23 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _share(
-    batch, split, start_ptr, length_ptr, num_keys, num_splits, HAS_START: tl.constexpr, HAS_LENGTH: tl.constexpr,
+    batch, start_ptr, length_ptr, num_keys, num_splits, HAS_START: tl.constexpr, HAS_LENGTH: tl.constexpr,
     KEYS: tl.constexpr,
 ):  # fmt: skip
     """First and last key + 1 of the sequence, and how many keys (`unit`) a program takes at a time. Nothing is read on
     the host.
 
-    Units are dealt out like cards, so that the programs of a sequence read neighbouring memory at the same time. A
-    unit is a whole tile unless that would leave programs with nothing to do.
+    Units are dealt out like cards, so that the programs of a sequence read neighbouring memory at the same time. They
+    are as large as a tile can be with the same number of them for every program: a whole tile each would leave the
+    others waiting while a few walk through all heads once more for the last keys.
     """
     begin, end = 0, num_keys
     if HAS_START:
         begin = tl.maximum(tl.load(start_ptr + batch).to(tl.int32), 0)
     if HAS_LENGTH:
         end = tl.minimum(tl.load(length_ptr + batch).to(tl.int32), num_keys)
-    even = (tl.cdiv(tl.maximum(end - begin, 0), num_splits) + 15) // 16 * 16
-    return begin, end, tl.minimum(tl.maximum(even, 16), KEYS)
+    keys = tl.maximum(end - begin, 1)
+    return begin, end, tl.maximum(tl.cdiv(keys, num_splits * tl.cdiv(keys, num_splits * KEYS)), 16)
 
 
 @triton.jit
@@ -77,20 +78,19 @@ def attend_kernel(
     split, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
     if PDL:
         tl.extra.cuda.gdc_wait()
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    real, head, token = row < num_rows, row // TOKENS, row % TOKENS
-    dim, col = tl.arange(0, BLOCK_D), tl.arange(0, KEYS)
-    in_dim = dim < DIM
-    key_of = tl.load(key_map_ptr + head, mask=real, other=1 << 20).to(tl.int32)
-    value_of = tl.load(value_map_ptr + head, mask=real, other=1 << 20).to(tl.int32)
-    at = batch * q_sb + head * q_sh + token * q_st
-    q = tl.load(q_ptr + at[None, :] + dim[:, None], mask=real[None, :] & in_dim[:, None], other=0.0)
-    begin, end, unit = _share(
-        batch, split, start_ptr, length_ptr, num_keys, num_splits, HAS_START, HAS_LENGTH, KEYS
-    )  # fmt: skip
+    # The bounds first: they travel while the maps and the queries do.
+    begin, end, unit = _share(batch, start_ptr, length_ptr, num_keys, num_splits, HAS_START, HAS_LENGTH, KEYS)
     holes = False
     if MASK != 0:
         holes = tl.load(plain_ptr + batch) != end - begin
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    real, head, token = row < num_rows, row // TOKENS, row % TOKENS
+    dim, col = tl.arange(0, BLOCK_D), tl.arange(0, KEYS)
+    key_of = tl.load(key_map_ptr + head, mask=real, other=1 << 20).to(tl.int32)
+    value_of = tl.load(value_map_ptr + head, mask=real, other=1 << 20).to(tl.int32)
+    in_dim = dim < DIM
+    at = batch * q_sb + head * q_sh + token * q_st
+    q = tl.load(q_ptr + at[None, :] + dim[:, None], mask=real[None, :] & in_dim[:, None], other=0.0)
 
     top = tl.full([ROWS], LOWEST, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -115,11 +115,14 @@ def attend_kernel(
             mask=(key < stop)[:, None] & in_dim[None, :],
             other=0.0,
         )
-        # Both products of every tile, outside of any branch. As two branches they would save work that nobody waits for,
-        # but ptxas 12.8 (Triton 3.6) then lets one branch use an address that only the other one computes whenever both
-        # read the tile from the same base (4 warps, or 64 x 64 tiles): wrong results.
-        scores = tl.where((key_of == tile)[None, :], tl.dot(x, q), scores)
-        out += tl.where((value_of == tile - key_heads)[None, :], tl.dot(tl.trans(x), probs), 0.0)
+        # Two branches, one for keys and one for values, would be miscompiled: ptxas 12.8 (Triton 3.6) lets one of them use
+        # an address that only the other computes (seen with 4 warps and with 64 x 64 tiles). So every tile meets the
+        # probabilities, and keys meet the queries inside of that. The outer branch is always taken; it makes Triton send
+        # for the next tile before it multiplies this one, not after.
+        if tile < tiles:
+            out += tl.where((value_of == tile - key_heads)[None, :], tl.dot(tl.trans(x), probs), 0.0)
+            if tile < key_heads:
+                scores = tl.where((key_of == tile)[None, :], tl.dot(x, q), scores)
         if tile == key_heads - 1:
             hidden = _hide(
                 scores * scale, key, token, stop, end, holes, mask_ptr + batch * mask_sb, mask_st, mask_ss, lowest,
@@ -153,18 +156,22 @@ def attend_kernel(
 @triton.jit(do_not_specialize=["num_rows", "num_splits"])
 def combine_kernel(
     part_ptr, lse_ptr, out_ptr, out_sb, out_sh, out_st, num_rows, num_splits,
-    TOKENS: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr, DIMS: tl.constexpr, PDL: tl.constexpr,
+    TOKENS: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, DIMS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (rows, batch, parts of d): the shares' outputs, weighted by their share of the softmax."""
-    row, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    """Grid (blocks of rows, batch, parts of d): the shares' outputs, weighted by their share of the softmax."""
+    row, batch = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1).to(tl.int64)
     dim, split = tl.program_id(2) * DIMS + tl.arange(0, DIMS), tl.arange(0, SPLITS)
     if PDL:
         tl.extra.cuda.gdc_wait()
-    real = split < num_splits
-    at = (batch * num_splits + split) * num_rows + row
-    lse = tl.load(lse_ptr + at, mask=real, other=-float("inf"))
-    part = tl.load(part_ptr + at[:, None] * DIM + dim[None, :], mask=real[:, None] & (dim < DIM)[None, :], other=0.0)
-    weight = tl.exp2(lse - tl.maximum(tl.max(lse, 0), LOWEST))
-    out = tl.sum(part * weight[:, None], 0) / tl.maximum(tl.sum(weight, 0), 1.0e-30)
-    place = out_ptr + batch * out_sb + row // TOKENS * out_sh + row % TOKENS * out_st
-    tl.store(place + dim, out, mask=dim < DIM)
+    real, in_dim = row < num_rows, dim < DIM
+    at, there = (batch * num_splits + split[None, :]) * num_rows + row[:, None], real[:, None] & (split < num_splits)
+    part = tl.load(
+        part_ptr + at[:, :, None] * DIM + dim[None, None, :], mask=there[:, :, None] & in_dim[None, None, :], other=0.0
+    )
+    lse = tl.load(lse_ptr + at, mask=there, other=-float("inf"))
+    weight = tl.exp2(lse - tl.maximum(tl.max(lse, 1), LOWEST)[:, None])
+    weight = weight / tl.maximum(tl.sum(weight, 1), 1.0e-30)[:, None]
+    out = tl.sum(part * weight[:, :, None], 1)
+    place = batch * out_sb + row // TOKENS * out_sh + row % TOKENS * out_st
+    tl.store(out_ptr + place[:, None] + dim[None, :], out, mask=real[:, None] & in_dim[None, :])

@@ -84,6 +84,25 @@ def test_long_and_short_caches(keys, heads):
     assert_agrees(make(batch, 32, *heads, 1, keys, 128))
 
 
+@pytest.mark.parametrize("short", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_both_tilings_with_any_number_of_programs(short, masked, dim):
+    from dha_peft.kernels.launch import _device, choose_tiling, launch_decode
+
+    tiling = choose_tiling(32, dim, _device(0)[1], short)
+    for seed, splits in enumerate((1, 3, 8, 50, 300)):
+        args = make(2, 32, 3 + seed, 7, 1, 1100 + 37 * seed, dim, seed=seed)
+        start, length = torch.tensor([seed, 400], device="cuda"), torch.tensor([1100, 401 + 30 * seed], device="cuda")
+        bounds = (
+            {"mask": _mask(2, 1, args[1].shape[2], start, length)} if masked else {"start": start, "length": length}
+        )
+        out = launch_decode(*args, dim**-0.5, **bounds, tiling=tiling, splits=splits)
+        want = naive_decode(*(x.double() for x in args[:3]), *args[3:], **bounds)
+        error = (out.double() - want).norm() / want.norm()
+        assert error < TOLERANCE[out.dtype], f"relative error {error:.2e} with {splits} programs"
+
+
 def test_unfilled_slots_are_never_read():
     q, k, v, *maps = make(3, 8, 2, 3, 1, 500, 64)
     length = torch.tensor([1, 200, 499], device="cuda")
@@ -128,10 +147,6 @@ def test_one_mask_for_all_sequences(compiled):
 def test_operator_passes_torchs_own_checks():
     args = make(2, 8, 2, 3, 1, 64, 64)
     torch.library.opcheck(torch.ops.dha_peft.decode, (*args, 0.125), test_utils=("test_schema", "test_faketensor"))
-
-
-if __name__ == "__main__":
-    raise SystemExit(pytest.main([__file__, "-q"]))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second CUDA device")
