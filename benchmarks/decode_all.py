@@ -1,10 +1,11 @@
-"""Everything that docs/results.md says of decoding on a GPU, in one go of about 110 s: tests, kernel, models, `generate`.
+"""Everything that docs/results.md says of decoding on a GPU, in one go: tests, kernel, models, `generate`.
 
     python benchmarks/decode_all.py --out results
-    python benchmarks/decode_all.py --out results --parts generate      # another 80 s: a static cache at full depth
+    python benchmarks/decode_all.py --out results --parts kernel      # that part alone
 
-Writes `decode_kernel.csv` and `decode_model.csv`, whose rows of parts that are not run stay. Compiling is work for the host, so the jobs of a group compile side by
-side, the first group beside the tests; then one at a time has the GPU. A group fits into 80 GB.
+Writes `decode_kernel.csv` and `decode_model.csv`, whose rows of parts that are not run stay. Compiling is work for the
+host, so the jobs of a part compile side by side, the first part's beside the tests; then one at a time has the GPU. The
+jobs of a part fit into 80 GB together.
 """
 
 from __future__ import annotations
@@ -28,11 +29,13 @@ from decode_step import Job
 
 ROOT, BEGIN = Path(__file__).resolve().parents[1], time.time()
 MODE = "reduce-overhead"
-OTHERS = ("generate:dynamic:6:16x2048", "prefill:dynamic:4:4x4096")
-LONG = ("generate:static:32:16x2048",)
-FIRST = tuple(f"{name}:{MODE}:16:1x{context}" for context in (512, 32768) for name in ("mha", "dha+fused"))
-FIRST = (*FIRST, f"gqa:{MODE}:8:16x4096", f"dha+fused:{MODE}:8:16x4096")
-SECOND = (f"dha+fused:{MODE}:32:16x4096", f"mha:{MODE}:32:16x4096")
+OTHERS = ("generate", "prefill")
+PARTS = {
+    "single": tuple(f"{name}:{MODE}:16:1x{context}" for context in (512, 4096, 32768) for name in ("mha", "dha+fused")),
+    "deep": (f"mha:{MODE}:32:16x4096", f"dha+fused:{MODE}:32:16x4096"),
+    "more": (f"gqa:{MODE}:32:16x4096", "prefill:dynamic:4:4x4096", "generate+dha:static:32:16x2048"),
+    "generate": ("generate+mha:static:16:16x2048", "generate+dha:static:16:16x2048", "generate+dha:dynamic:16:16x2048"),
+}  # fmt: skip
 
 
 def say(text: str) -> None:
@@ -40,31 +43,29 @@ def say(text: str) -> None:
 
 
 def worker(job: str) -> None:
-    """What : cache : layers : batch x context. Runs once to compile and once to be timed, unless it is alone on the machine."""
+    """What : cache : layers : batch x context."""
     import torch
 
     import dha_peft  # noqa: F401  plugs the kernel in
 
-    what, cache, shape = _job(job)
-    device, dtype = torch.device("cuda"), torch.bfloat16
-
-    def run(steps: int) -> dict[str, float]:
-        torch.manual_seed(0)
-        torch._dynamo.reset()
-        torch.cuda.empty_cache()
-        if what == "generate":
-            results = generate_results(["dha"], shape, device, dtype, steps, cache)
-            return {result.name: result.ms for result in results}
-        names = ("mha", "gqa", "dha", "pairs")
-        return {
-            name: prefill_milliseconds(build(name, shape, device, dtype), shape.batch, shape.context) for name in names
+    (what, cache, shape), device, dtype = _job(job), torch.device("cuda"), torch.bfloat16
+    what, *names = what.split("+")
+    torch.manual_seed(0)
+    if what == "generate":
+        results = generate_results(names, shape, device, dtype, 48, cache, wait_for_go)
+        found = {result.name: result.ms for result in results}
+    else:
+        wait_for_go()
+        found = {
+            name: prefill_milliseconds(build(name, shape, device, dtype), shape.batch, shape.context)
+            for name in ("mha", "gqa", "dha", "pairs")
         }
+    print("RESULT", json.dumps({"job": job, "times": found}), flush=True)
 
-    if job not in LONG:
-        run(8)
+
+def wait_for_go() -> None:
     print("READY", round(time.time() - BEGIN, 1), flush=True)
     sys.stdin.readline()
-    print("RESULT", json.dumps({"job": job, "times": run(48)}), flush=True)
 
 
 def _job(text: str) -> tuple[str, str, ModelShape]:
@@ -74,7 +75,7 @@ def _job(text: str) -> tuple[str, str, ModelShape]:
 
 
 def start(jobs: tuple[str, ...]) -> list[Job]:
-    return [Job(job, __file__) if job in OTHERS + LONG else Job(job) for job in jobs]
+    return [Job(job, __file__) if job.startswith(OTHERS) else Job(job) for job in jobs]
 
 
 def timed(jobs: list[Job], seconds: float, device: str) -> list[Result]:
@@ -87,7 +88,7 @@ def timed(jobs: list[Job], seconds: float, device: str) -> list[Result]:
             job.process.kill()
     say("compiled")
     for job in jobs:
-        job.go(150 if job.text in LONG else 25)
+        job.go(40)
         if job.result is None:
             say(f"no result of {job.text}: {' / '.join(job.tail)}")
             continue
@@ -111,6 +112,7 @@ def _step(result: dict, device: str) -> Result:
 
 def _several(result: dict, device: str) -> list[Result]:
     what, _, shape = _job(result["job"])
+    what = what.split("+")[0]
     tokens = shape.batch * (shape.context if what == "prefill" else 1)
     return [
         Result(what, name, shape.batch, shape.context, shape.query_heads, *heads_of(name.split()[0], shape), 128,
@@ -143,11 +145,10 @@ def compare(results: list[Result]) -> None:
             same = (other.batch, other.context, other.note) == (ours.batch, ours.context, ours.note)
             if same and other is not ours:
                 say(f"{ours.batch} x {ours.context}: {other.ms / ours.ms:.2f} times as fast as {other.name}")
-    generated = {result.name: result.ms for result in results if result.kind == "generate"}
-    for cache in ("dynamic", "static"):
-        if f"dha loop {cache}" in generated:
-            share = generated[f"dha loop {cache}"] / generated[f"dha generate {cache}"]
-            say(f"generate reaches {share:.1%} of the loop with a {cache} cache")
+    for ours in (result for result in results if result.kind == "generate" and " generate " in result.name):
+        for loop in results:
+            if (loop.name, loop.note) == (ours.name.replace("generate", "loop"), ours.note):
+                say(f"{ours.name}, {ours.note}: {loop.ms / ours.ms:.1%} of the loop, {ours.ms - loop.ms:.2f} ms more")
 
 
 def add_csv(path: Path, results: list[Result]) -> None:
@@ -162,8 +163,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("."))
     parser.add_argument("--worker")
     parser.add_argument("--processes", type=int, default=6, help="of the tests (needs pytest-xdist), 0 for none")
-    parts = ["tests", "models", "kernel", "deep", "generate"]
-    parser.add_argument("--parts", nargs="+", choices=parts, default=parts[:-1])
+    parser.add_argument("--rivals", nargs="*", default=["cudnn", "flash", "flex"], help="of the kernel")
+    parser.add_argument("--seconds", type=float, default=150, help="jobs that have not compiled by then are given up")
+    parts = ["tests", *PARTS, "kernel"]
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     args = parser.parse_args()
     if args.worker:
         return worker(args.worker)
@@ -173,19 +176,20 @@ def main() -> None:
     say(f"torch {torch.__version__}, {device}, {os.cpu_count()} processors")
     args.out.mkdir(parents=True, exist_ok=True)
     path, results = args.out / "decode_model.csv", []
-    jobs = start((*FIRST, *OTHERS)) if "models" in args.parts else []
+    chosen = [part for part in PARTS if part in args.parts]
+    jobs = start(PARTS[chosen[0]]) if chosen else []
     if "tests" in args.parts:
         parallel = ("-p", "xdist", "-n", str(args.processes)) if args.processes else ()
-        run("tests", 60, "-m", "pytest", "tests/kernels", "-q", "--tb=line", "-p", "no:cacheprovider", *parallel)
-    results += timed(jobs, max(25, 75 - (time.time() - BEGIN)), device)
-    add_csv(path, results)
+        tests = ("tests/kernels", "-q", "--tb=line", "-p", "no:cacheprovider")
+        run("tests", 150, "-m", "pytest", *tests, *parallel)
+    for part in chosen:
+        jobs = jobs or start(PARTS[part])
+        results += timed(jobs, args.seconds, device)
+        add_csv(path, results)
+        jobs = []
     if "kernel" in args.parts:
         out = str((args.out / "decode_kernel.csv").resolve())
-        run("kernel", 40, "benchmarks/decode.py", "kernel", "--rivals", "cudnn", "flash", "--csv", out)
-    for part, texts in (("deep", SECOND), ("generate", LONG)):
-        if part in args.parts:
-            results += timed(start(texts), 75, device)
-            add_csv(path, results)
+        run("kernel", 120, "benchmarks/decode.py", "kernel", "--csv", out, "--rivals", *args.rivals)
     compare(results)
     say("end")
 

@@ -51,7 +51,7 @@ def kernel_results(
             result.ms = _measure(make, shape, key_heads, value_heads, size, device, dtype)
             result.gb_s = size / result.ms / 1e6
             result.share_of_copy = result.gb_s / copy
-        except (RuntimeError, ValueError, NotImplementedError) as error:
+        except (ImportError, RuntimeError, ValueError, NotImplementedError) as error:
             result.note = str(error).splitlines()[0][:120]
         yield result
 
@@ -90,6 +90,7 @@ def _contestants(shape: Shape, device: torch.device) -> Iterator[tuple[str, int,
     if device.type == "cuda":
         if queries % group == 0:
             yield "flex gqa", group, group, _flex
+            yield "flashinfer gqa", group, group, _flashinfer
         for name, backend in _backends(device):
             yield f"{name} mha", queries, queries, _sdpa(backend)
     yield "expand then sdpa", keys, values, _expand
@@ -135,6 +136,24 @@ def _flex(shape: Shape, device: torch.device) -> Callable[[Tensor, Tensor, Tenso
 
     compiled = torch.compile(flex_attention, dynamic=False)
     return lambda q, k, v: compiled(q, k, v, enable_gqa=True)
+
+
+def _flashinfer(shape: Shape, device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Needs the package and CUDA's compiler. The caches are taken for pages of 16 tokens, for as much work."""
+    import flashinfer
+
+    page, pages = 16, shape.batch * shape.context // 16
+    workspace = torch.empty(2**28, dtype=torch.uint8, device=device)
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "HND", use_tensor_cores=True)
+    index = torch.arange(pages + 1, dtype=torch.int32, device=device)
+    last = torch.full((shape.batch,), page, dtype=torch.int32, device=device)
+    heads, per_sequence = (shape.key_heads + shape.value_heads) // 2, pages // shape.batch
+    new = {"q_data_type": torch.bfloat16, "kv_data_type": torch.bfloat16}
+    wrapper.plan(
+        index[::per_sequence].contiguous(), index[:-1], last, shape.query_heads, heads, shape.head_dim, page, **new
+    )
+    paged = lambda x: x.view(pages, heads, page, shape.head_dim)  # noqa: E731
+    return lambda q, k, v: wrapper.run(q[:, :, 0].contiguous(), (paged(k), paged(v))).unsqueeze(2)
 
 
 def _device_name(device: torch.device) -> str:

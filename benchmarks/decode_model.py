@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -90,11 +92,10 @@ def filled_cache(
     return cache
 
 
-@torch.no_grad()
-def step_milliseconds(
-    model: PreTrainedModel, cache: StaticCache | DynamicCache, batch: int, steps: int, compiled: bool
-) -> float:
-    """Wall time of a greedy decode step, its argmax included."""
+def decode_loop(
+    model: PreTrainedModel, cache: StaticCache | DynamicCache, batch: int, compiled: bool
+) -> Callable[[int], None]:
+    """Takes so many greedy decode steps, argmax included, and waits for the last one."""
     device = next(model.parameters()).device
     token = torch.zeros(batch, 1, dtype=torch.long, device=device)
 
@@ -102,14 +103,23 @@ def step_milliseconds(
         return model(token, past_key_values=cache, use_cache=True).logits[:, -1].argmax(-1, keepdim=True)
 
     run = torch.compile(step, mode="reduce-overhead", fullgraph=True) if compiled else step
-    for index in range(WARM_STEPS + steps):
-        if index == WARM_STEPS:
-            _synchronize(device)
-            begin = time.perf_counter()
-        if compiled:
-            torch.compiler.cudagraph_mark_step_begin()
-        token = run(token).clone()
-    _synchronize(device)
+
+    @torch.no_grad()
+    def steps(count: int) -> None:
+        nonlocal token
+        for _ in range(count):
+            if compiled:
+                torch.compiler.cudagraph_mark_step_begin()
+            token = run(token).clone()
+        _synchronize(device)
+
+    return steps
+
+
+def step_milliseconds(loop: Callable[[int], None], steps: int) -> float:
+    """Wall time of one of `steps` steps of a `decode_loop` that has compiled."""
+    begin = time.perf_counter()
+    loop(steps)
     return (time.perf_counter() - begin) * 1000 / steps
 
 
@@ -142,18 +152,13 @@ class Clock(StoppingCriteria):
 
 
 def generate_milliseconds(model: PreTrainedModel, batch: int, prompt: int, steps: int, **options: object) -> float:
-    """Wall time per token of `model.generate` after the prompt and its first tokens; the first run warms up."""
+    """Wall time per token of `model.generate` after the prompt and its first tokens, compiling included."""
     device = next(model.parameters()).device
     ids = torch.randint(1, model.config.vocab_size, (batch, prompt), device=device)
-    new = WARM_STEPS + steps
-    for _ in range(2):
-        clock = Clock(device, WARM_STEPS)
-        model.generate(
-            ids, max_new_tokens=new, min_new_tokens=new, do_sample=False, stopping_criteria=[clock], **options
-        )
-        _synchronize(device)
-        end = time.perf_counter()
-    return (end - clock.begin) * 1000 / steps
+    new, clock = WARM_STEPS + steps, Clock(device, WARM_STEPS)
+    model.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=False, stopping_criteria=[clock], **options)
+    _synchronize(device)
+    return (time.perf_counter() - clock.begin) * 1000 / steps
 
 
 def model_results(
@@ -182,30 +187,46 @@ def model_results(
 
 
 def generate_results(
-    names: list[str], shape: ModelShape, device: torch.device, dtype: torch.dtype, steps: int, kind: str
-) -> Iterator[Result]:
-    """`model.generate` beside the plain loop with the same cache type.
+    names: list[str], shape: ModelShape, device: torch.device, dtype: torch.dtype, steps: int, kind: str,
+    ready: Callable[[], None] = lambda: None,
+) -> Iterator[Result]:  # fmt: skip
+    """`model.generate` beside the plain loop with the same cache type; `ready` is called when both have compiled.
 
     Dynamic is what `generate` takes by default, and nothing is compiled. With "static" `generate` compiles by itself on
     CUDA, so the loop is compiled too.
     """
-    compiled = kind == "static" and device.type == "cuda"
-    options = {"cache_implementation": "static"} if kind == "static" else {}
     for name in names:
-        model = build(name, shape, device, dtype)
-        for way in ("loop", "generate"):
-            if way == "loop":
-                cache = filled_cache(model, shape, shape.batch, kind, WARM_STEPS + steps)
-                ms = step_milliseconds(model, cache, shape.batch, steps, compiled)
-                del cache
-            else:
-                ms = generate_milliseconds(model, shape.batch, shape.context, steps, **options)
-            yield Result(
-                "generate", f"{name} {way} {kind}", shape.batch, shape.context, shape.query_heads, shape.key_heads,
-                shape.value_heads, shape.hidden // shape.query_heads, str(dtype).removeprefix("torch."), device.type,
-                ms=ms, tokens_s=shape.batch / ms * 1000,
-            )  # fmt: skip
-        del model
+        yield from _generate_results(name, shape, device, dtype, steps, kind, ready)
+
+
+def _generate_results(
+    name: str, shape: ModelShape, device: torch.device, dtype: torch.dtype, steps: int, kind: str,
+    ready: Callable[[], None],
+) -> Iterator[Result]:  # fmt: skip
+    model = build(name, shape, device, dtype)
+    cache = filled_cache(model, shape, shape.batch, kind, WARM_STEPS + 3 * steps)
+    loop = decode_loop(model, cache, shape.batch, kind == "static" and device.type == "cuda")
+    options = {"cache_implementation": "static"} if kind == "static" else {}
+    ways = {
+        "generate": lambda: generate_milliseconds(model, shape.batch, shape.context, steps, **options),
+        "loop": lambda: step_milliseconds(loop, steps),
+    }
+    loop(WARM_STEPS)
+    ways["generate"]()
+    ready()
+    # In turns and without a collection of what compiling has left behind, which takes as long as many steps.
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(3):
+        for way, measure in ways.items():
+            gc.collect()
+            times[way].append(measure())
+    for way, found in times.items():
+        ms = statistics.median(found)
+        yield Result(
+            "generate", f"{name} {way} {kind}", shape.batch, shape.context, shape.query_heads, shape.key_heads,
+            shape.value_heads, shape.hidden // shape.query_heads, str(dtype).removeprefix("torch."), device.type,
+            ms=ms, tokens_s=shape.batch / ms * 1000,
+        )  # fmt: skip
 
 
 def _fill(
@@ -215,7 +236,9 @@ def _fill(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     cache = filled_cache(model, shape, shape.batch, kind, WARM_STEPS + steps)
-    result.ms = step_milliseconds(model, cache, shape.batch, steps, compiled)
+    loop = decode_loop(model, cache, shape.batch, compiled)
+    loop(WARM_STEPS)
+    result.ms = step_milliseconds(loop, steps)
     result.gb_s = step_bytes(model, shape, (result.key_heads, result.value_heads)) / result.ms / 1e6
     result.share_of_copy, result.tokens_s = result.gb_s / copy, shape.batch / result.ms * 1000
     if device.type == "cuda":
