@@ -109,7 +109,7 @@ class HeadFusion(nn.Module):
 
     def in_frame(self, fused: FusedHeads) -> Tensor:
         """`fused.heads` with the free rows of tied heads as the shared head has them, for queries turned by `query_turns`."""
-        rest = self.layout.rest.to(fused.heads.device)
+        rest = self.layout.to(fused.heads.device).rest
         rows = torch.where(self.tied()[:, None, None], fused.shared[:, rest], fused.heads[:, rest])
         return fused.heads.index_copy(1, rest, rows)
 

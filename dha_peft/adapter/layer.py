@@ -91,7 +91,7 @@ class DHALayer(nn.Module, BaseTunerLayer):
             return None
         with torch.autocast(output.device.type, enabled=False):
             turns = fusion.query_turns().to(output.dtype)
-        queries, rest = output.unflatten(-1, (-1, self.layout.head_dim)), self.layout.rest.to(output.device)
+        queries, rest = output.unflatten(-1, (-1, self.layout.head_dim)), self.layout.to(output.device).rest
         turns = turns.repeat_interleave(self._site.num_query_heads // self.num_heads, 0)
         turned = torch.einsum("...hr,hrs->...hs", queries[..., rest], turns)
         return queries.index_copy(-1, rest, turned.to(output.dtype)).flatten(-2)

@@ -6,7 +6,8 @@ an input that is always 1), `P` rotary pairs, `R` remaining dimensions of a head
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,8 @@ class FrameLayout:
     rest: Tensor
     phases: Tensor | None = None
     slow: int = 0
+    _moved: dict[torch.device, FrameLayout] = field(default_factory=dict, compare=False, repr=False)
+    """Copies on other devices, as every copy makes the host wait."""
 
     @classmethod
     def full(cls, head_dim: int) -> FrameLayout:
@@ -56,8 +59,17 @@ class FrameLayout:
         return 2 * len(self.pairs) + len(self.rest)
 
     def to(self, device: torch.device | str) -> FrameLayout:
-        phases = None if self.phases is None else self.phases.to(device)
-        return FrameLayout(self.pairs.to(device), self.rest.to(device), phases, self.slow)
+        device = torch.device(device)
+        if device == self.rest.device:
+            return self
+        if device not in self._moved:
+            phases = None if self.phases is None else self.phases.to(device)
+            self._moved[device] = FrameLayout(self.pairs.to(device), self.rest.to(device), phases, self.slow)
+        return self._moved[device]
+
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        """Without the copies, so that what was pickled beside a GPU loads without one."""
+        return FrameLayout, (self.pairs, self.rest, self.phases, self.slow)
 
 
 @dataclass

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..adapter.layer import DHALayer
 from .schedule import FusionSchedule, ScheduleOptions, ScheduleState
 
 
@@ -75,3 +76,14 @@ class DHACallback(TrainerCallback):
         if self.last is not None and logs is not None and "loss" in logs:
             # Trackers draw numbers; the phase is in the history.
             logs.update({name: value for name, value in self.last.logs().items() if not isinstance(value, str)})
+
+
+class TiedGroups(TrainerCallback):
+    """Keeps groups tied that are tied from the start, as the optimizer would move the rows of a fusion matrix apart."""
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        for layer in (module for module in model.modules() if isinstance(module, DHALayer)):
+            if (fusion := layer.active_fusion()) is not None:
+                fusion.pull(0)

@@ -21,7 +21,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..adapter.layer import DHALayer
 from ..models.families import family_of
-from .callback import DHACallback
+from .callback import DHACallback, TiedGroups
 from .objective import Objective, cached_loss, check_head, healing_loss
 from .teacher_cache import CachedRows, TeacherCache
 
@@ -191,7 +191,7 @@ def heal(
     batch = max((batch_tokens or (8192 if adapter else 4096)) // len(rows[0]["input_ids"]), 1)
     callbacks, fuses = list(callbacks or []), _tie(student, progressive)
     if fuses and not any(isinstance(callback, DHACallback) for callback in callbacks):
-        callbacks.append(DHACallback())
+        callbacks.append(DHACallback() if progressive else TiedGroups())
     trainable = [p.requires_grad for p in student.parameters()]
     if not adapter:
         student.requires_grad_(True)  # also after a frozen base; the parts whose rate is 0 are frozen again

@@ -87,8 +87,8 @@ def test_heal_trains_an_adapter_and_ends_tied(progressive):
     adapted = get_dha_model(make_base(), DHAConfig(head_budget=0.5, task_type="CAUSAL_LM"), make_batches())
     base = {name: p.clone() for name, p in adapted.named_parameters() if "dha_" not in name}
     trainer = heal(adapted, make_rows(), batch_tokens=24, progressive=progressive, disable_tqdm=True)
-    first = next(log for log in trainer.state.log_history if "dha/fusion_loss" in log)
-    assert (first["dha/fusion_loss"] > 0.1) == progressive
+    fused = [log["dha/fusion_loss"] for log in trainer.state.log_history if "dha/fusion_loss" in log]
+    assert fused[0] > 0.1 if progressive else not fused
     assert adapted.base_model.fusion_loss() < 1e-9
     assert all(torch.equal(p, base[name]) for name, p in adapted.named_parameters() if name in base)
     ids = make_ids()
