@@ -24,7 +24,8 @@ def keep_members(model: nn.Module, analysis: Analysis, plan: DHAPlan) -> nn.Modu
             moment, layout = analysis.statistics.moments[site.index].double(), site.layout(kind).to(heads.device)
             metric = analysis.statistics.metrics[site.index][kind].double()
             kept, out = best_members(head_gram(heads.to(moment), moment), metric, layout.to(moment.device), groups)
-            pair.append(SharedHeads(groups, heads[kept], out.to(heads.device, torch.float32), layout))
+            shared_heads = heads[[kept[group[0]] for group in groups]]
+            pair.append(SharedHeads(groups, shared_heads, out.to(heads.device, torch.float32), layout))
         shared.append(tuple(pair))
     return collapse_model(model, analysis.sites, plan, shared, share=False)
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
+from adapter.tiny import HEADS, LAYERS, VOCAB, make_base, make_batches
 from fusion.planted import DIM, LAYOUTS, planted_heads, random_psd
 
 from benchmarks.study import render
 from benchmarks.study.members import best_members
 from benchmarks.study.methods import METHODS, TABLES, Job, Sizes, jobs
 from benchmarks.study.pool import Pace, Table
-from benchmarks.study.recovery import FIELDS, KEYS, SCORE_FIELDS
+from benchmarks.study.prepare import GROUPINGS
+from benchmarks.study.recovery import FIELDS, KEYS, SCORE_FIELDS, Study, run
 from benchmarks.study.rows import tokens_to_reach
+from dha_peft.attention import find_attention
 from dha_peft.fusion.moments import head_gram
+from dha_peft.search import collect_statistics, search_groups
 
 
 def test_every_job_is_listed_once_and_the_longest_come_first():
@@ -85,3 +89,22 @@ def test_the_page_holds_the_numbers_of_the_files_and_says_what_was_not_run(tmp_p
     assert "more than 20 times as many" in page
     assert "20.0 ± 1.0" in page and "80.0%" in page
     assert "not run yet" in page and "{" not in page
+
+
+@pytest.fixture(scope="module")
+def study():
+    base = make_base().requires_grad_(False)
+    sites = find_attention(base)
+    statistics = collect_statistics(base, sites, make_batches())
+    analyses = {grouping: search_groups(sites, statistics, grouping) for grouping in GROUPINGS}
+    ids = torch.randint(2, VOCAB, (8 * 24 + 1,), generator=torch.Generator().manual_seed(0))
+    return Study(base, None, analyses, ids[:-1].view(8, 24), ids, pretraining_tokens=6 * 24)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_gives_a_model_of_the_budget_with_and_without_training(study, method):
+    for fraction in (1.0,) if METHODS[method].trains_groups else (0.0, 1.0):
+        row, scores = run(study, Job(method, 0.5, fraction, METHODS[method].share, 0))
+        assert row["kept_heads"] == 2 * HEADS * LAYERS // (1 if method == "base" else 2)
+        assert row["tokens"] == fraction * 6 * 24 and 0 < row["loss"] < 20 and not scores
+        assert row["before_collapse"] is None or METHODS[method].frozen or METHODS[method].share
