@@ -37,8 +37,12 @@ class Tasks:
     limit: int | None = None
 
     def wants(self, job: Job) -> bool:
-        return bool(self.names) and all(
-            getattr(job, name) in getattr(self, f"{name}s") for name in ("method", "budget", "fraction", "seed")
+        return (
+            bool(self.names)
+            and job.share == METHODS[job.method].share
+            and all(
+                getattr(job, name) in getattr(self, f"{name}s") for name in ("method", "budget", "fraction", "seed")
+            )
         )
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from . import sentences
-from .methods import ABLATION, CKA, MAIN, METHODS, SPLIT
-from .rows import MISSING, Row, distinct, read, share, spread, text, where
+from .methods import ABLATION, BARS, CKA, MAIN, METHODS, SPLIT, STEP_TOKENS
+from .rows import MISSING, Row, distinct, read, share, spread, text, undivided, where
 
 TEMPLATE = Path(__file__).with_name("page.md")
 
@@ -36,9 +36,9 @@ def page(results: Path) -> str:
 
 def main_table(rows: list[Row]) -> str:
     """Loss by method and budget, one column per number of tokens."""
-    rows = [row for row in rows if row["share"] == METHODS[row["method"]].share]
+    rows = undivided(rows)
     own = [row for row in rows if row["method"] in MAIN]
-    fractions = sorted(distinct(own, "fraction"))
+    fractions = [f for f in sorted(distinct(own, "fraction")) if len(distinct(where(own, fraction=f), "method")) > 1]
     lines = []
     for budget in sorted(distinct(own, "budget"), reverse=True):
         for name in MAIN:
@@ -49,12 +49,26 @@ def main_table(rows: list[Row]) -> str:
     return f"{table}\n\nBase: {base}. {seeds(own)}"
 
 
+def bars_table(rows: list[Row]) -> str:
+    """Adaptive and equal budgets, and the adapter alone, in steps of 32,768 tokens."""
+    lines = []
+    for name in ("aligned", "uniform", "adapter"):
+        for budget in sorted(distinct(where(rows, method=name), "budget"), reverse=True):
+            own = where(rows, method=name, budget=budget, share=0.0)
+            cells = [[r for r in own if r["tokens"] == steps * STEP_TOKENS] for steps in (0, *BARS)]
+            if any(cells[1:]):
+                before = text(spread(cells[-1], "before_collapse"))
+                lines.append([METHODS[name].label, share(budget), *(text(spread(cell), 4) for cell in cells), before])
+    head = ["method", "kept", "closed form", *(f"{steps} steps" for steps in BARS), "before the collapse"]
+    return markdown(head, lines) if lines else MISSING
+
+
 def variants_table(names: Iterable[str]) -> Callable[[list[Row]], str]:
     """Loss of some methods at the budget that all of them were run at, without a split of their own."""
 
     def table(rows: list[Row]) -> str:
         known = [name for name in names if where(rows, method=name)]
-        own = [r for r in rows if r["method"] in known and r["share"] == METHODS[r["method"]].share]
+        own = [r for r in undivided(rows) if r["method"] in known]
         budgets = [b for b in distinct(own, "budget") if all(where(own, method=n, budget=b) for n in known)]
         fractions = [
             f for f in sorted(distinct(own, "fraction")) if all(where(own, method=n, fraction=f) for n in known)
@@ -90,7 +104,7 @@ def split_table(rows: list[Row]) -> str:
 
 def scores_table(rows: list[Row]) -> str:
     """Accuracy by task, with lm-eval's standard error."""
-    rows = where(rows, metric="acc")
+    rows = undivided(where(rows, metric="acc"))
     tasks, lines = distinct(rows, "task"), []
     for method in [m for m in METHODS if where(rows, method=m)]:
         for budget in sorted(distinct(where(rows, method=method), "budget"), reverse=True):
@@ -152,7 +166,7 @@ def fused_table(rows: list[Row]) -> str:
 def seeds(rows: list[Row]) -> str:
     """What ± means here."""
     count = len(distinct(rows, "seed"))
-    return f"Mean of {count} seeds, ± half the distance between them." if count > 1 else "One seed."
+    return f"Mean of {count} seeds, ± half the distance between them; no ±: one seed." if count > 1 else "One seed."
 
 
 def markdown(head: list[str], lines: list[list[str]]) -> str:
@@ -163,6 +177,7 @@ def markdown(head: list[str], lines: list[list[str]]) -> str:
 SOURCES = ("losses", "scores", "similarity", "redundancy", "fused", "budgets", "caches")
 PARTS: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "main": ("losses", main_table),
+    "bars": ("losses", bars_table),
     "speed": ("losses", sentences.speed),
     "scores": ("scores", scores_table),
     "retained": ("scores", sentences.retained),

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .methods import METHODS
+
 Row = dict[str, Any]
 MISSING = "not run yet"
 
@@ -30,6 +32,11 @@ def distinct(rows: Iterable[Row], name: str) -> list[Any]:
     return list(dict.fromkeys(row[name] for row in rows))
 
 
+def undivided(rows: Iterable[Row]) -> list[Row]:
+    """The rows whose tokens are shared out between fusion and training as their method does by itself."""
+    return [row for row in rows if row["share"] == METHODS[row["method"]].share]
+
+
 @dataclass(frozen=True)
 class Spread:
     """Mean over seeds, and half the distance between the lowest and the highest."""
@@ -38,8 +45,8 @@ class Spread:
     half: float
     count: int
 
-    def __str__(self) -> str:
-        return f"{self.mean:.3f}" + (f" ± {self.half:.3f}" if self.count > 1 else "")
+    def text(self, digits: int = 3) -> str:
+        return f"{self.mean:.{digits}f}" + (f" ± {self.half:.{digits}f}" if self.count > 1 else "")
 
 
 def spread(rows: Iterable[Row], column: str = "loss") -> Spread | None:
@@ -71,9 +78,9 @@ def share(value: float) -> str:
     return f"{100 * value:g} %"
 
 
-def text(cell: Spread | None) -> str:
+def text(cell: Spread | None, digits: int = 3) -> str:
     """A cell of a table."""
-    return "" if cell is None else str(cell)
+    return "" if cell is None else cell.text(digits)
 
 
 def _value(text: str) -> Any:

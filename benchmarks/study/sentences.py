@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .methods import MAIN, METHODS
-from .rows import MISSING, Row, distinct, share, spread, tokens_to_reach, where
+from .rows import MISSING, Row, distinct, share, spread, tokens_to_reach, undivided, where
 
 
 def speed(rows: list[Row]) -> str:
@@ -26,13 +26,13 @@ def speed(rows: list[Row]) -> str:
 
 def retained(rows: list[Row]) -> str:
     """Mean score against the base's, at 25 % of the heads and 0.25 % of the tokens."""
-    rows = where(rows, metric="acc")
+    rows = undivided(where(rows, metric="acc"))
     base = spread(where(rows, method="base"), "value")
     parts = []
     for name in MAIN:
         found = spread(where(rows, method=name, budget=0.25, fraction=0.0025), "value")
         if base and found:
-            parts.append(f"{METHODS[name].label} {found.mean / base.mean:.1%}")
+            parts.append(f"{METHODS[name].label} {100 * found.mean / base.mean:.1f} %")
     return "; ".join(parts) or MISSING
 
 
