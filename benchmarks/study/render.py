@@ -178,6 +178,7 @@ SOURCES = ("losses", "scores", "similarity", "redundancy", "fused", "budgets", "
 PARTS: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "main": ("losses", main_table),
     "bars": ("losses", bars_table),
+    "adaptive": ("losses", sentences.adaptive),
     "speed": ("losses", sentences.speed),
     "scores": ("scores", scores_table),
     "retained": ("scores", sentences.retained),

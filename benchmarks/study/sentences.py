@@ -24,6 +24,24 @@ def speed(rows: list[Row]) -> str:
     return f"For our loss at 0.25 % of the tokens GQA needs {'; '.join(parts)}." if parts else MISSING
 
 
+def adaptive(rows: list[Row]) -> str:
+    """In how many cells adaptive budgets are better than equal ones, and where they are not."""
+    gains = {}
+    for budget, tokens in {(r["budget"], r["tokens"]) for r in where(rows, method="uniform", share=0.0)}:
+        cells = [spread(where(rows, method=m, budget=budget, tokens=tokens, share=0.0)) for m in ("uniform", "aligned")]
+        if all(cells) and budget < 1:
+            gains[budget, tokens] = cells[0].mean - cells[1].mean
+    if not gains:
+        return MISSING
+    worse = [
+        f"at {share(budget)} of the heads after {tokens / 1e6:.1f} M tokens they are worse by {-gain:.4f}"
+        for (budget, tokens), gain in sorted(gains.items(), reverse=True)
+        if gain < 0
+    ]
+    better = f"Adaptive budgets are better than equal ones in {len(gains) - len(worse)} of {len(gains)} cells"
+    return f"{better}; {'; '.join(worse)}." if worse else f"{better}."
+
+
 def retained(rows: list[Row]) -> str:
     """Mean score against the base's, at 25 % of the heads and 0.25 % of the tokens."""
     rows = undivided(where(rows, metric="acc"))

@@ -87,7 +87,7 @@ def test_the_page_holds_the_numbers_of_the_files_and_says_what_was_not_run(tmp_p
     page = render.page(tmp_path)
     assert "3.300 ± 0.050" in page and "Base: 3.000" in page
     assert "more than 20 times as many" in page
-    assert "20.0 ± 1.0" in page and "80.0%" in page
+    assert "20.0 ± 1.0" in page and "80.0 %" in page
     assert "not run yet" in page and "{" not in page
 
 
