@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from adapter.tiny import logits, make_base, make_batches
+from peft import PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dha_peft import DHAConfig, get_dha_model
@@ -57,3 +58,10 @@ def test_tied_heads_collapse_exactly_at_far_positions():
     merged = adapted.merge_and_unload()
     torch.testing.assert_close(logits(merged, ids), tied, atol=1e-4, rtol=1e-4)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in merged.modules())
+
+
+def test_an_adapter_is_refused_by_a_base_with_other_slow_pairs(tmp_path):
+    get_dha_model(make_base(), DHAConfig(head_budget=0.5), make_batches()).save_pretrained(tmp_path)
+    PeftModel.from_pretrained(make_base(), tmp_path)
+    with pytest.raises(ValueError, match="mixes 2 slow rotary pairs of a key head, but this base has 0"):
+        PeftModel.from_pretrained(make_base(max_position_embeddings=4096), tmp_path)

@@ -58,6 +58,9 @@ class DHAConfig(PeftConfig):
             `True` starts as the base model exactly; `False` gives a random state whose groups are tied, for tests.
         plan (`dict`, *optional*):
             The groups of every layer (see `DHAPlan.to_dict`). Written by the search; give one to skip the search.
+        slow_pairs (`int`, *optional*):
+            How many rotary pairs of a key head the adapter mixes freely, as the base turns them slowly. Written when the adapter is made,
+            and compared with the base that it is loaded onto.
     """
 
     head_budget: float = field(default=0.25, metadata={"help": "Share of key and value heads to keep, in (0, 1]."})
@@ -77,6 +80,7 @@ class DHAConfig(PeftConfig):
     trainable_token_indices: Any = field(default=None, metadata={"help": "Not used; some trainers set it."})
     init_weights: bool = field(default=True, metadata={"help": "False gives a random state with tied groups."})
     plan: dict[str, Any] | None = field(default=None, metadata={"help": "Groups of every layer, as DHAPlan.to_dict."})
+    slow_pairs: int | None = field(default=None, metadata={"help": "Rotary pairs mixed freely; set by the adapter."})
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -61,6 +61,7 @@ class DHAModel(BaseTuner):
         config: DHAConfig = self.peft_config[adapter_name]
         self._sites = find_attention(model)
         refuse_nested_adapters(self._sites)
+        _note_slow_pairs(config, self._sites)
         if config.plan is None:
             check_budget(self._sites, config.search_options())
         else:
@@ -224,6 +225,17 @@ def check_plan(plan: DHAPlan, sites: list[AttentionSite]) -> None:
             raise ValueError(
                 f"the plan names `{layer.name}` where this model has `{site.block}`; give the layers in the model's order."
             )
+
+
+def _note_slow_pairs(config: DHAConfig, sites: list[AttentionSite]) -> None:
+    """Write down how many rotary pairs the maps mix; raise ValueError if an adapter was made for another number."""
+    found = max(site.layout("key").slow for site in sites)
+    if config.slow_pairs not in (None, found):
+        raise ValueError(
+            f"the adapter mixes {config.slow_pairs} slow rotary pairs of a key head, but this base has {found}; load it with the "
+            "`max_position_embeddings` and RoPE parameters that it had when the adapter was made."
+        )
+    config.slow_pairs = found
 
 
 def _check_targets(sites: list[AttentionSite]) -> None:

@@ -235,7 +235,15 @@ def _unknown(name: str, known: list[str], where: str) -> str:
 def _dha_fields() -> dict[str, Any]:
     from ..adapter import DHAConfig
 
-    internal = {"auto_mapping", "peft_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version"}
+    internal = {
+        "slow_pairs",
+        "auto_mapping",
+        "peft_type",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "peft_version",
+    }
     return {name: hint for name, hint in typing.get_type_hints(DHAConfig).items() if name not in internal}
 
 
