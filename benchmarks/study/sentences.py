@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .methods import MAIN, METHODS
+from .methods import BARS, MAIN, METHODS, STEP_TOKENS
 from .rows import MISSING, Row, distinct, share, spread, tokens_to_reach, undivided, where
 
 
@@ -27,9 +27,10 @@ def speed(rows: list[Row]) -> str:
 def adaptive(rows: list[Row]) -> str:
     """In how many cells adaptive budgets are better than equal ones, and where they are not."""
     gains = {}
+    steps = {STEP_TOKENS * count for count in (0, *BARS)}
     for budget, tokens in {(r["budget"], r["tokens"]) for r in where(rows, method="uniform", share=0.0)}:
         cells = [spread(where(rows, method=m, budget=budget, tokens=tokens, share=0.0)) for m in ("uniform", "aligned")]
-        if all(cells) and budget < 1:
+        if all(cells) and tokens in steps:
             gains[budget, tokens] = cells[0].mean - cells[1].mean
     if not gains:
         return MISSING

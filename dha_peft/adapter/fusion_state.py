@@ -13,8 +13,8 @@ from ..search.analysis import Frames
 SCHEDULE = ("step", "lambda1", "lambda2", "start", "phase")
 """What the schedule remembers, in `HeadFusion.schedule`; it lives here because peft saves it with the adapter."""
 
-EQUAL = 1e-5
-"""Relative difference of two rows of `omega` that counts as rounding."""
+NEAR = 0.03
+"""Relative difference of the rows of `omega` from which on a group counts as tied; its fusion loss is then about `TIED`."""
 
 
 class HeadFusion(nn.Module):
@@ -59,12 +59,15 @@ class HeadFusion(nn.Module):
             self.out_full.copy_(frames.out.full)
 
     def freeze_unused(self) -> None:
-        """Freeze frames that are not trained, and empty parts of them: distributed training waits for every gradient."""
+        """Freeze frames that are not trained, and empty parts of them: distributed training waits for every gradient. Also the fusion
+        matrix of tied groups, whose frames can do all that it could: an optimizer would only move its rows apart."""
         phases = self.layout.phases
         fixed = set() if phases is None else {"out_full"} if phases.any() else {"out_full", "out_pair"}
         for name, parameter in self.named_parameters():
             if name in fixed or (name != "omega" and (not self.train_frames or parameter.numel() == 0)):
                 parameter.requires_grad_(False)
+        if self.aligned and self.train_frames and not self.omega.is_meta and self.tied().all():
+            self.omega.requires_grad_(False)
 
     @torch.no_grad()
     def randomize(self) -> None:
@@ -101,16 +104,25 @@ class HeadFusion(nn.Module):
         return into, out.restricted(self.layout.to(self.omega.device))
 
     def tied(self) -> Tensor:
-        """Which heads are what the collapse will make of them, as all rows of their group are equal, `[H]` bool."""
+        """Which heads are nearly what the collapse will make of them, as the rows of their group are nearly equal, `[H]` bool.
+
+        Where slow pairs are mixed, the forward jumps here: read-outs act on the keys of untied heads, so that the adapter can start as the base,
+        and on the queries of tied ones, as in the merged model. Both agree as far as the read-outs commute with the rotation.
+        """
         together = self._together().to(self.omega.dtype)
         rows = self.omega.detach() * together
         mean = together @ rows / together.sum(1, keepdim=True)
-        return (rows - mean).abs().amax(1) <= EQUAL * mean.abs().amax(1)
+        return (rows - mean).abs().amax(1) <= NEAR * mean.abs().amax(1)
+
+    @property
+    def jumps(self) -> bool:
+        """Whether the forward changes when heads become `tied`."""
+        return self.aligned and self.layout.slow > 0
 
     def in_frame(self, fused: FusedHeads) -> Tensor:
-        """`fused.heads` with the free rows of tied heads as the shared head has them, for queries turned by `query_turns`."""
+        """`fused.heads` with the free rows of tied heads left in the common frame, for queries turned by `query_turns`."""
         rest = self.layout.to(fused.heads.device).rest
-        rows = torch.where(self.tied()[:, None, None], fused.shared[:, rest], fused.heads[:, rest])
+        rows = torch.where(self.tied()[:, None, None], fused.mixed[:, rest], fused.heads[:, rest])
         return fused.heads.index_copy(1, rest, rows)
 
     def query_turns(self) -> Tensor:

@@ -74,7 +74,7 @@ class DHALayer(nn.Module, BaseTunerLayer):
 
     def turn_queries(self, site: AttentionSite) -> None:
         """Keys of this layout mix slow rotary pairs, so the read-outs of tied heads go where the collapse will have them: to the
-        queries of the block."""
+        queries of the block. See `HeadFusion.tied`."""
         self._site = site
         site.module.register_forward_pre_hook(self._follow_queries)
 
@@ -140,7 +140,7 @@ class DHALayer(nn.Module, BaseTunerLayer):
         base = self.get_base_layer()
         with torch.autocast(base.weight.device.type, enabled=False):
             fused = fusion.fuse(self.base_heads())
-            heads = fusion.in_frame(fused) if self.layout.slow and fusion.aligned else fused.heads
+            heads = fusion.in_frame(fused) if fusion.jumps else fused.heads
             heads = heads if self._gains is None else heads / self._gains.to(heads.device)[..., None]
             rows = heads.flatten(0, 1).to(base.weight.dtype)
         return (rows, None) if base.bias is None else (rows[:, :-1], rows[:, -1])

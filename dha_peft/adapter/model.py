@@ -16,6 +16,7 @@ from ..models import FAMILIES, Family, build_merged
 from ..plan import DHAPlan
 from ..search import Analysis, analyse, check_budget
 from .config import DHAConfig
+from .fusion_state import HeadFusion
 from .layer import DHALayer, remove_hooks
 from .nesting import refuse_nested_adapters
 from .unpacked import PARTS, pack, unpack
@@ -28,7 +29,7 @@ def target_modules(family: Family) -> list[str]:
 
 TARGET_MODULES = {name: target_modules(family) for name, family in FAMILIES.items()}
 TIED = 1e-3
-"""Fusion loss below which a collapse is taken not to change the model."""
+"""Fusion loss below which a collapse is taken to change the weights of heads too little to matter."""
 
 
 class DHAModel(BaseTuner):
@@ -107,11 +108,16 @@ class DHAModel(BaseTuner):
         """Tie every group at once: from the identity this is the closed form, without any training.
 
         Raises:
-            ValueError: groups that are to be learned, before their search has run.
+            ValueError: groups that are to be learned, before their search has run, or an adapter that is merged.
         """
         _check_learned(self.peft_config[adapter_name])
+        if any(layer.merged for layer in self._layers()):
+            raise ValueError(
+                "the fused weights are merged into the base; call `unmerge_adapter()` before groups are tied."
+            )
         for layer in self._layers():
             layer.dha_fusion[adapter_name].pull(0)
+            layer.dha_fusion[adapter_name].freeze_unused()
 
     @torch.no_grad()
     def fusion_loss(self, adapter_name: str | None = None) -> float:
@@ -172,7 +178,7 @@ class DHAModel(BaseTuner):
         _check_learned(self.peft_config[name])
         plan, sites = self.plan(name), self._sites
         refuse_nested_adapters(sites)
-        _warn_untied(self.fusion_loss(name))
+        _warn_untied(self.fusion_loss(name), all(_settled(layer.dha_fusion[name]) for layer in self._layers()))
         shared = [tuple(_layer(site, kind).shared_heads(name) for kind in KINDS) for site in sites]
         if safe_merge and not all(torch.isfinite(heads.shared).all() for pair in shared for heads in pair):
             raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
@@ -229,6 +235,8 @@ def check_plan(plan: DHAPlan, sites: list[AttentionSite]) -> None:
 
 def _note_slow_pairs(config: DHAConfig, sites: list[AttentionSite]) -> None:
     """Write down how many rotary pairs the maps mix; raise ValueError if an adapter was made for another number."""
+    if config.fusion != "aligned":
+        return
     found = max(site.layout("key").slow for site in sites)
     if config.slow_pairs not in (None, found):
         raise ValueError(
@@ -259,8 +267,13 @@ def _check_learned(config: DHAConfig) -> None:
         )
 
 
-def _warn_untied(loss: float) -> None:
-    if loss > TIED:
+def _settled(fusion: HeadFusion) -> bool:
+    """Whether the collapse keeps the function, if it keeps the weights."""
+    return not fusion.jumps or bool(fusion.tied().all())
+
+
+def _warn_untied(loss: float, settled: bool) -> None:
+    if loss > TIED or not settled:
         warnings.warn(
             f"groups are not tied yet: the fusion loss is {loss:.2e}, so the collapse changes the model. "
             "Train on with DHACallback until it is near 0, or call `tie_groups()` for the closed form.",

@@ -63,8 +63,9 @@ class FrameLayout:
         if device == self.rest.device:
             return self
         if device not in self._moved:
-            phases = None if self.phases is None else self.phases.to(device)
-            self._moved[device] = FrameLayout(self.pairs.to(device), self.rest.to(device), phases, self.slow)
+            with torch.inference_mode(False):  # tensors made within it could not be used for training later
+                phases = None if self.phases is None else self.phases.to(device)
+                self._moved[device] = FrameLayout(self.pairs.to(device), self.rest.to(device), phases, self.slow)
         return self._moved[device]
 
     def __reduce__(self) -> tuple[type, tuple[Any, ...]]:

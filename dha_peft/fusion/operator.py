@@ -22,10 +22,11 @@ from .heads import FrameLayout, HeadMaps
 @dataclass
 class FusedHeads:
     """`heads` `[H, d, E]` are what the layer computes now, `collapsed` `[H, d, E]` what it will compute once every
-    group is replaced by its mean, `shared` `[H, d, E]` the mean of each head's group in the common frame."""
+    group is replaced by its mean; in the common frame `mixed` `[H, d, E]` is each head's mix, and `shared` `[H, d, E]` the mean over its group."""
 
     heads: Tensor
     collapsed: Tensor
+    mixed: Tensor
     shared: Tensor
 
 
@@ -49,10 +50,10 @@ def fuse(
     mixed = torch.tensordot(omega, framed, 1)
     shared = torch.tensordot(mean, mixed, 1)
     if into is None or out is None:
-        return FusedHeads(mixed, shared, shared)
+        return FusedHeads(mixed, shared, mixed, shared)
     own = own_share(omega, together)[:, None, None]
     fused = out.apply(mixed - own * framed, layout) + own * heads
-    return FusedHeads(fused, out.apply(shared, layout), shared)
+    return FusedHeads(fused, out.apply(shared, layout), mixed, shared)
 
 
 def own_share(omega: Tensor, together: Tensor) -> Tensor:

@@ -26,18 +26,20 @@ class RelativeError(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, ours: Tensor, theirs: Tensor, keep: Tensor | None) -> Tensor:
+        ctx.dtype = ours.dtype
         difference, rows = _wide(ours) - _wide(theirs), _wide(theirs.flatten(0, 1))
         if keep is not None:
             difference, rows = _only(difference, keep), rows.index_select(0, keep)
         energy = rows.var(0, correction=0).mean().clamp_min(1e-12) * rows.numel()
-        ctx.save_for_backward(difference.to(ours.dtype), energy)
+        # Differences of large activations do not fit into float16.
+        ctx.save_for_backward(difference if ours.dtype == torch.float16 else difference.to(ours.dtype), energy)
         return torch.linalg.vector_norm(difference).square() / energy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None, None]:
         difference, energy = ctx.saved_tensors
-        return difference * (2 * scale / energy), None, None
+        return (difference * (2 * scale / energy)).to(ctx.dtype), None, None
 
 
 def divergence(logits: Tensor, wanted: Tensor, labels: Tensor, next_token: float) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,8 @@ from inspect import signature
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from .losses import HeadLoss, RelativeError, divergence
@@ -63,6 +65,7 @@ def healing_loss(
         targets = _states(base, base, inputs, objective.hidden > 0)
     states, keep = _states(student, inner, inputs, objective.hidden > 0), _kept(attention_mask)
     head, target_head = (_causal(model).get_output_embeddings() for model in (inner, base))
+    target_head = _without_adapters(target_head) if teacher is None else target_head
     loss_of = partial(_against_states, target_head=target_head, next_token=objective.next_token)
     loss = _mean(
         head, loss_of, (states[-1], targets[-1], _next_tokens(input_ids, attention_mask)), keep, objective.chunk
@@ -134,18 +137,28 @@ def _rows(tensor: Tensor, keep: Tensor | None) -> Tensor:
 @contextmanager
 def _as_teacher(student: PeftModel) -> Iterator[None]:
     """The student's own base: adapters off, and no dropout."""
-    training = student.training
+    in_training = [module for module in student.modules() if module.training]
     student.eval()
     try:
         with student.disable_adapter():
             yield
     finally:
-        student.train(training)
+        for module in in_training:
+            module.training = True
+
+
+def _without_adapters(head: nn.Module) -> nn.Module:
+    """The base's own output head, where adapters or a trained copy are around it."""
+    if isinstance(head, ModulesToSaveWrapper):
+        return head.original_module
+    return head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """Without a wrapper for data-parallel training."""
-    return model.module if hasattr(model, "module") else model
+    """Without wrappers for data-parallel training and of `torch.compile`."""
+    for name in ("module", "_orig_mod", "module"):
+        model = getattr(model, name, model)
+    return model
 
 
 def _causal(model: nn.Module) -> nn.Module:

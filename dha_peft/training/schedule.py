@@ -32,7 +32,7 @@ from .learned_search import learned_plan
 
 SEARCH, FUSION = 0.0, 1.0
 TOLERANCE = 1e-5
-"""Fusion loss from which on nothing more is asked: heads are within 0.3 % of their collapse."""
+"""Fusion loss from which on nothing more is asked: the weights of heads are within 0.3 % of their collapse."""
 
 
 @dataclass(frozen=True)

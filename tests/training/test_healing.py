@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from adapter.tiny import VOCAB, make_base, make_batches, make_ids
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
@@ -66,6 +67,36 @@ def test_an_adapters_teacher_is_its_own_base():
     assert float(own) > 0.1
 
 
+@pytest.mark.parametrize("trained", ["saved", "lora"])
+def test_the_teacher_keeps_its_own_output_head(trained):
+    base = make_base(tie_word_embeddings=False)
+    lora = LoraConfig(target_modules=["o_proj"], modules_to_save=["lm_head"])
+    if trained == "lora":
+        lora = LoraConfig(target_modules=["lm_head"], init_lora_weights=False)
+    student = get_peft_model(copy.deepcopy(base), lora)
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            if "lm_head" in name and parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    own = healing_loss(student, make_ids(), objective=KL_ONLY)
+    assert own > 0.01
+    torch.testing.assert_close(own, healing_loss(student, make_ids(), teacher=base, objective=KL_ONLY))
+
+
+def test_a_compiled_adapter_has_the_same_loss():
+    adapted = get_dha_model(make_base(), DHAConfig(head_budget=0.5, task_type="CAUSAL_LM"), make_batches())
+    adapted.base_model.tie_groups()
+    compiled = torch.compile(adapted, backend="eager")
+    torch.testing.assert_close(healing_loss(compiled, make_ids()), healing_loss(adapted, make_ids()))
+
+
+def test_evaluating_the_teacher_leaves_modules_in_their_modes():
+    adapted = get_dha_model(make_base(), DHAConfig(head_budget=0.5, task_type="CAUSAL_LM"), make_batches()).train()
+    frozen = adapted.get_base_model().model.layers[0].mlp.eval()
+    healing_loss(adapted, make_ids())
+    assert adapted.training and not frozen.training
+
+
 def test_heal_moves_each_part_at_its_rate_and_brings_the_model_closer():
     base, small = make_pair()
     ids, before = make_rows(), {name: p.detach().clone() for name, p in small.named_parameters()}
@@ -89,6 +120,7 @@ def test_heal_trains_an_adapter_and_ends_tied(progressive):
     fused = [log["dha/fusion_loss"] for log in trainer.state.log_history if "dha/fusion_loss" in log]
     assert fused[0] > 0.1 if progressive else not fused
     assert adapted.base_model.fusion_loss() < 1e-9
+    assert all(m.tied().all() for name, m in adapted.named_modules() if name.endswith("dha_fusion.default"))
     assert all(torch.equal(p, base[name]) for name, p in adapted.named_parameters() if name in base)
     ids = make_ids()
     before = adapted(input_ids=ids).logits

@@ -99,6 +99,9 @@ def test_multipliers_alone_tie_the_groups(tmp_path, fields):
     assert fusion[-1]["dha/realised_heads"] < fusion[0]["dha/realised_heads"]
     assert fusion[-1]["dha/lambda1"] > 0 and fusion[-1]["dha/lambda2"] > 0
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in base.items())
+    before = logits(model)
+    after = logits(model.merge_and_unload())
+    assert (after - before).norm() < 0.01 * before.norm()
     assert len(seen.logs) == 60 and [log["dha/lambda1"] for log in seen.logs] == [log["dha/lambda1"] for log in logs]
 
 
