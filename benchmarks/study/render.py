@@ -67,18 +67,25 @@ def variants_table(names: Iterable[str]) -> Callable[[list[Row]], str]:
     """Loss of some methods at the budget that all of them were run at, without a split of their own."""
 
     def table(rows: list[Row]) -> str:
-        known = [name for name in names if where(rows, method=name)]
-        own = [r for r in undivided(rows) if r["method"] in known]
+        own = [r for r in undivided(rows) if r["method"] in names]
+        known = [name for name in names if where(own, method=name)]
+        if len(known) < 2:
+            return MISSING
+        # What only some of the methods were run at belongs to other tables.
         budgets = [b for b in distinct(own, "budget") if all(where(own, method=n, budget=b) for n in known)]
         fractions = [
-            f for f in sorted(distinct(own, "fraction")) if all(where(own, method=n, fraction=f) for n in known)
+            f
+            for f in sorted(distinct(own, "fraction"))
+            if sum(bool(where(own, method=n, fraction=f)) for n in known) > len(known) / 2
         ]
-        if len(known) < 2 or not budgets:
-            return MISSING
         lines = [
-            [share(b), METHODS[n].label, *(text(spread(where(own, method=n, budget=b, fraction=f))) for f in fractions)]
+            [
+                share(b),
+                METHODS[n].label,
+                *(text(spread(where(own, method=n, budget=b, fraction=f))) or MISSING for f in fractions),
+            ]
             for b in budgets
-            for n in known
+            for n in names
         ]
         return markdown(["kept", "variant", *(f"{share(f)} of tokens" for f in fractions)], lines)
 
