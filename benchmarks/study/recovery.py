@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import set_seed
 
 from dha_peft import Analysis, DHAConfig, convert, get_dha_model
+from dha_peft.attention import find_attention
 from dha_peft.evaluation import evaluate_tasks
 from dha_peft.texts import evaluate_loss
 
@@ -139,7 +140,7 @@ def kept_heads(model: nn.Module) -> int:
     """Key heads plus value heads of all layers."""
     plan = getattr(model.config, "dha_plan", None)
     if plan is None:
-        return 2 * model.config.num_key_value_heads * model.config.num_hidden_layers
+        return sum(2 * site.num_heads for site in find_attention(model))
     return sum(map(len, plan["key_groups"] + plan["value_groups"]))
 
 

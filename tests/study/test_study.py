@@ -12,7 +12,7 @@ from benchmarks.study.members import best_members
 from benchmarks.study.methods import METHODS, TABLES, Job, Sizes, jobs
 from benchmarks.study.pool import Pace, Table
 from benchmarks.study.prepare import GROUPINGS
-from benchmarks.study.recovery import FIELDS, KEYS, SCORE_FIELDS, Study, run
+from benchmarks.study.recovery import FIELDS, KEYS, SCORE_FIELDS, Study, kept_heads, run
 from benchmarks.study.rows import tokens_to_reach
 from dha_peft.attention import find_attention
 from dha_peft.fusion.moments import head_gram
@@ -108,3 +108,8 @@ def test_every_method_gives_a_model_of_the_budget_with_and_without_training(stud
         assert row["kept_heads"] == 2 * HEADS * LAYERS // (1 if method == "base" else 2)
         assert row["tokens"] == fraction * 6 * 24 and 0 < row["loss"] < 20 and not scores
         assert row["before_collapse"] is None or METHODS[method].frozen or METHODS[method].share
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gpt2"])
+def test_heads_of_a_base_are_counted_in_any_family(family):
+    assert kept_heads(make_base(family)) == 2 * HEADS * LAYERS
