@@ -16,7 +16,8 @@ class DHACallback(TrainerCallback):
     Args:
         search_steps: optimizer steps of the learned search; None takes a fifth of the run with `grouping="learned"`, else none.
         ramp: share of the remaining steps over which the fusion target falls to 0; the rest holds it there.
-        lambda1_rate, lambda2_rate: ascent of the multipliers per step.
+        lambda1_rate: ascent of the first multiplier per step.
+        lambda2_rate: ascent of the second.
         project: hold the fusion loss to the target after every step (ours), so that groups end exactly tied; False leaves it
             to the multipliers, as in the paper.
 
