@@ -21,8 +21,7 @@ from .loading import (
     check_grouping,
     device_of,
     given_plan,
-    load_model,
-    load_tokenizer,
+    load_base,
     validation_tokens,
 )
 from .measure import cache_bytes_per_token, head_similarity
@@ -65,7 +64,7 @@ def run_convert(run: Run, source: Path | None = None) -> Path:
     """The conversion that a run describes; returns the folder of the result."""
     torch.manual_seed(run.seed)
     with new_folder(run.output) as folder:
-        tokenizer, base = load_tokenizer(run.model), load_model(run.model, run)
+        tokenizer, base = load_base(run)
         given_plan(run, base)  # refuses one for another model before the calibration
         batches = calibration_batches(run, tokenizer)
         start_banner("convert", run, base, batches)

@@ -137,6 +137,12 @@ def load_tokenizer(name: str) -> Any:
     return AutoTokenizer.from_pretrained(name)
 
 
+def load_base(run: Run) -> tuple[Any, nn.Module]:
+    """Tokenizer and model of a run; a model that is not there is refused by its config, in one sentence."""
+    load_config(run.model)
+    return load_tokenizer(run.model), load_model(run.model, run)
+
+
 def calibration_batches(run: Run, tokenizer: Any) -> list[dict[str, Any]] | None:
     """Batches of the calibration text; None without files."""
     part = run.calibration

@@ -17,7 +17,7 @@ from ..texts import evaluate_loss
 from . import options as o
 from .console import lines, note
 from .convert import mean_pooled, start_banner
-from .loading import calibration_batches, check_files, check_grouping, load_model, load_tokenizer, validation_tokens
+from .loading import calibration_batches, check_files, check_grouping, load_base, validation_tokens
 from .output import check_free, new_folder, write_text
 from .plan import show_plan
 from .result import copy_config, facts_of, write_facts
@@ -66,7 +66,7 @@ def run_sweep(run: Run, source: Path | None = None, resume: bool = False) -> Pat
     """Measure every budget of the run; returns the folder."""
     torch.manual_seed(run.seed)
     with new_folder(run.output, keep=True, resume=resume) as folder:
-        tokenizer, base = load_tokenizer(run.model), load_model(run.model, run)
+        tokenizer, base = load_base(run)
         batches = calibration_batches(run, tokenizer)
         start_banner("sweep", run, base, batches)
         ids = validation_tokens(run, tokenizer)

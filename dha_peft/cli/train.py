@@ -27,8 +27,8 @@ from .convert import finish, mean_pooled, measured_cache, start_banner
 from .loading import (
     calibration_batches,
     given_plan,
+    load_base,
     load_model,
-    load_tokenizer,
     training_rows,
     validation_tokens,
 )
@@ -79,7 +79,7 @@ def run_train(run: Run, source: Path | None = None, resume: bool = False) -> Pat
     set_seed(run.seed)
     begin = time.perf_counter()
     with new_folder(run.output, keep=True, resume=resume) as folder:
-        tokenizer, base = load_tokenizer(run.model), load_model(run.model, run)
+        tokenizer, base = load_base(run)
         given_plan(run, base)  # refuses one for another model before the calibration
         batches, rows = calibration_batches(run, tokenizer), training_rows(run, tokenizer)
         ids = validation_tokens(run, tokenizer)

@@ -181,3 +181,11 @@ def test_env_names_versions(dha):
     assert status == 0 and "transformers" in out and "dha_peft" in out
     status, out, _ = dha("--version")
     assert status == 0 and out.startswith("dha_peft 0.")
+
+
+@pytest.mark.parametrize("command", ["convert", "train", "sweep"])
+def test_a_missing_model_is_named_in_one_line_and_leaves_nothing(dha, tmp_path, command):
+    text = ["--text", f"{DEMO}/text/calibration.jsonl.xz"]
+    status, _, err = dha(command, tmp_path / "no", "-o", tmp_path / "out", *text)
+    assert status == 1 and f"the folder `{tmp_path / 'no'}` does not exist" in err
+    assert not (tmp_path / "out").exists()
