@@ -18,7 +18,7 @@ from .models import Family, family_of
 from .models.family import Block, Role, get_path, head_size, kv_heads, rotary_pairs, rotary_size
 from .models.packing import packed_rows
 from .plan import DHAPlan, Groups, LayerPlan
-from .rotary import slow_pairs
+from .rotary import context_turns, slow_pairs
 
 KINDS = ("key", "value")
 
@@ -209,7 +209,8 @@ def find_attention(model: nn.Module) -> list[AttentionSite]:
             f"{error}; correct `layers` and `attention` of its row, or pass the whole model without a wrapper."
         ) from error
     names = {module: name for name, module in model.named_modules()}
-    sites = [_site(index, names[block.module], block, family, model) for index, block in enumerate(blocks)]
+    turns = context_turns(model)
+    sites = [_site(index, names[block.module], block, family, config, turns) for index, block in enumerate(blocks)]
     odd = next((site for site in sites if site.head_dim != sites[0].head_dim), sites[0])
     if odd is not sites[0]:
         raise ValueError(
@@ -226,8 +227,8 @@ def labelled_plan(sites: list[AttentionSite], groups: Iterable[tuple[Groups, Gro
     return DHAPlan(layers, sites[0].head_dim)
 
 
-def _site(index: int, name: str, block: Block, family: Family, model: nn.Module) -> AttentionSite:
-    module, config = block.module, model.config
+def _site(index: int, name: str, block: Block, family: Family, config: Any, turns: list[Tensor]) -> AttentionSite:
+    module = block.module
     for projection in (family.q, family.k, family.v, family.o):
         if not isinstance(get_path(module, projection, None), nn.Module):
             raise ValueError(
@@ -241,7 +242,7 @@ def _site(index: int, name: str, block: Block, family: Family, model: nn.Module)
         )
     dim = head_size(module, config)
     heads, rotary = family.query_heads(config)[index], rotary_size(family, module, config)
-    slow = slow_pairs(model, config, rotary // 2)
+    slow = slow_pairs(turns, rotary // 2)
     site = AttentionSite(index, name, module, family, heads, 0, dim, rotary, slow, block.name, block.role)
     fused = family.packing != "separate" and site.projection_name("key") == family.k
     site.num_heads = kv_heads(family, module, config) if fused else site.projection("key").weight.shape[0] // dim

@@ -7,7 +7,6 @@ the context. Complex factors do; any other matrix does as far as the turns of wh
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,18 +15,18 @@ MOST_TURN = 2 * math.pi / 3
 """Radians over the longest context up to which a pair is slow. Most attention is near, where such a pair turns by a small part of this."""
 
 
-def slow_pairs(model: nn.Module, config: Any, count: int) -> Tensor:
-    """Which of the `count` rotary pairs of a head turn by at most a third of a turn over `config.max_position_embeddings`, `[count]` bool.
+def context_turns(model: nn.Module) -> list[Tensor]:
+    """Radians by which each rotary embedding of a model turns its pairs over `config.max_position_embeddings`, `[pairs]` each.
 
-    Frequencies are read from the model's own rotary embeddings, so that scaled ones count as they are; of several (layers with a base of
-    their own) each pair takes the fastest. A model that keeps none in `inv_freq` buffers has no slow pair.
+    They are read from `inv_freq` buffers, so that scaled frequencies count as they are; a model that keeps none there has none.
     """
-    context = getattr(config, "max_position_embeddings", None)
-    found = [
-        buffer.detach().float().cpu()
-        for name, buffer in model.named_buffers()
-        if name.endswith("inv_freq") and buffer.shape == (count,) and not buffer.is_meta
-    ]
-    if not context or not found:
-        return torch.zeros(count, dtype=torch.bool)
-    return torch.stack(found).amax(0) * context <= MOST_TURN
+    context = getattr(model.config, "max_position_embeddings", None)
+    buffers = [b for name, b in model.named_buffers() if name.endswith("inv_freq") and not b.is_meta]
+    return [buffer.detach().float().cpu() * context for buffer in buffers] if context else []
+
+
+def slow_pairs(turns: list[Tensor], count: int) -> Tensor:
+    """Which of the `count` rotary pairs of a head turn by at most a third of a turn, `[count]` bool. `turns` is from `context_turns`; of
+    several that fit (layers with a base of their own) each pair takes the fastest."""
+    fitting = [own for own in turns if own.shape == (count,)]
+    return torch.stack(fitting).amax(0) <= MOST_TURN if fitting else torch.zeros(count, dtype=torch.bool)

@@ -79,9 +79,8 @@ class HeadFusion(nn.Module):
     def pull(self, share: float) -> None:
         """Move every row of a group towards the group's mean row, until `share` of its distance is left: the fusion loss, a
         square in that distance, falls by `share ** 2`. 0 ties the groups (rows of 1 / n from the identity)."""
-        together = self._together().to(self.omega.dtype)
-        mean = (together / together.sum(1, keepdim=True)) @ (self.omega * together)
-        self.omega.copy_(mean + share * (self.omega * together - mean) if share else mean)
+        rows, mean = self._rows()
+        self.omega.copy_(mean + share * (rows - mean) if share else mean)
 
     def fuse(self, heads: Tensor) -> FusedHeads:
         """Heads `[H, d, E]` as the adapter makes them, and as they will be after the collapse."""
@@ -109,9 +108,7 @@ class HeadFusion(nn.Module):
         Where slow pairs are mixed, the forward jumps here: read-outs act on the keys of untied heads, so that the adapter can start as the base,
         and on the queries of tied ones, as in the merged model. Both agree as far as the read-outs commute with the rotation.
         """
-        together = self._together().to(self.omega.dtype)
-        rows = self.omega.detach() * together
-        mean = together @ rows / together.sum(1, keepdim=True)
+        rows, mean = self._rows()
         return (rows - mean).abs().amax(1) <= NEAR * mean.abs().amax(1)
 
     @property
@@ -135,6 +132,12 @@ class HeadFusion(nn.Module):
         together = self._together().to(self.omega.dtype)
         alone = together.sum(1) == 1
         return torch.where(alone, torch.ones_like(self.omega[0]), own_share(self.omega * together, together))
+
+    def _rows(self) -> tuple[Tensor, Tensor]:
+        """The rows of the fusion matrix within their groups, and the mean row of each one's group, `[H, H]` each."""
+        together = self._together().to(self.omega.dtype)
+        rows = self.omega.detach() * together
+        return rows, (together / together.sum(1, keepdim=True)) @ rows
 
     def _together(self) -> Tensor:
         return self.owner[:, None] == self.owner[None, :]

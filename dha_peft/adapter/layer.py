@@ -87,7 +87,7 @@ class DHALayer(nn.Module, BaseTunerLayer):
 
     def _turn_queries(self, _projection: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         fusion = self._applied_fusion()
-        if fusion is None or not fusion.aligned:
+        if fusion is None or not fusion.jumps:
             return None
         with torch.autocast(output.device.type, enabled=False):
             turns = fusion.query_turns().to(output.dtype)

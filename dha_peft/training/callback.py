@@ -86,5 +86,6 @@ class TiedGroups(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
         for layer in (module for module in model.modules() if isinstance(module, DHALayer)):
-            if (fusion := layer.active_fusion()) is not None:
+            fusion = layer.active_fusion()
+            if fusion is not None and fusion.omega.requires_grad:
                 fusion.pull(0)

@@ -22,7 +22,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from ..adapter.layer import DHALayer
 from ..models.families import family_of
 from .callback import DHACallback, TiedGroups
-from .objective import Objective, cached_loss, check_head, healing_loss
+from .objective import Objective, cached_loss, check_head, healing_loss, plain_model
 from .teacher_cache import CachedRows, TeacherCache
 
 
@@ -123,7 +123,7 @@ class DHATrainer(Trainer):
 
 def part_of(model: nn.Module) -> dict[nn.Parameter, str]:
     """Which of `Rates` each parameter of a model belongs to."""
-    causal = model.get_base_model() if isinstance(model, PeftModel) else model
+    causal = plain_model(model)
     parts = dict.fromkeys(causal.parameters(), "rest")
     for embedding in (causal.get_input_embeddings(), causal.get_output_embeddings()):
         parts.update(dict.fromkeys(embedding.parameters() if embedding is not None else (), "embeddings"))

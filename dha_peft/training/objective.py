@@ -64,7 +64,7 @@ def healing_loss(
     with torch.no_grad(), _as_teacher(inner) if teacher is None else nullcontext():
         targets = _states(base, base, inputs, objective.hidden > 0)
     states, keep = _states(student, inner, inputs, objective.hidden > 0), _kept(attention_mask)
-    head, target_head = (_causal(model).get_output_embeddings() for model in (inner, base))
+    head, target_head = (plain_model(model).get_output_embeddings() for model in (inner, base))
     target_head = _without_adapters(target_head) if teacher is None else target_head
     loss_of = partial(_against_states, target_head=target_head, next_token=objective.next_token)
     loss = _mean(
@@ -80,7 +80,7 @@ def cached_loss(student: nn.Module, batch: dict[str, Tensor], objective: Objecti
     """The same against the answers of a teacher that are on disk: rows of `CachedRows`, stacked. They hold no hidden states."""
     inner, ids, mask = _unwrapped(student), batch["input_ids"], batch["attention_mask"]
     states = _states(student, inner, {"input_ids": ids, "attention_mask": mask}, every=False)
-    head = _causal(inner).get_output_embeddings()
+    head = plain_model(inner).get_output_embeddings()
     columns = (states[-1], _next_tokens(ids, mask), batch["indices"], batch["log_probs"], batch["rest"])
     return _mean(head, partial(_against_cache, next_token=objective.next_token), columns, _kept(mask), objective.chunk)
 
@@ -161,7 +161,8 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def _causal(model: nn.Module) -> nn.Module:
+def plain_model(model: nn.Module) -> nn.Module:
+    """The transformers model inside of a `PeftModel`."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
@@ -170,7 +171,7 @@ def _states(model: nn.Module, inner: nn.Module, inputs: dict[str, Tensor], every
 
     `model` itself is called, so that a data-parallel wrapper sees its forward; its own logits are made for one token only.
     """
-    causal, seen = _causal(inner), []
+    causal, seen = plain_model(inner), []
     handle = causal.base_model.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
     few = {"logits_to_keep": 1} if "logits_to_keep" in signature(causal.forward).parameters else {}
     try:
@@ -185,7 +186,7 @@ def _states(model: nn.Module, inner: nn.Module, inputs: dict[str, Tensor], every
 def check_head(model: nn.Module, input_ids: Tensor) -> None:
     """Raise ValueError for a model whose logits are not its head's output alone (soft-capping, logit scales): the chunked KL would
     compare something else. `input_ids` `[1, T]`."""
-    causal, training = _causal(model), model.training
+    causal, training = plain_model(model), model.training
     model.eval()
     try:
         states = _states(model, model, {"input_ids": input_ids}, every=False)

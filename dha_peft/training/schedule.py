@@ -19,7 +19,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
 from ..adapter.config import DHAConfig
@@ -29,6 +28,7 @@ from ..adapter.model import TIED
 from ..attention import KINDS, find_attention
 from ..fusion.operator import fusion_loss
 from .learned_search import learned_plan
+from .objective import plain_model
 
 SEARCH, FUSION = 0.0, 1.0
 TOLERANCE = 1e-5
@@ -162,7 +162,7 @@ class FusionSchedule:
 
     def _end_search(self) -> None:
         config = self._config()
-        sites = find_attention(self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model)
+        sites = find_attention(plain_model(self.model))
         plan = learned_plan(sites, config.search_options())
         config.plan = plan.to_dict()
         for site, layer in zip(sites, plan.layers, strict=True):
