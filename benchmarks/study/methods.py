@@ -51,14 +51,15 @@ METHODS = {
     "adapter": Method("DHA aligned, only the adapter trained", frozen=True),
     "one-member": Method("without fusion (one member of each group is kept)", one_member=True),
     "uniform": Method("without adaptive budgets", {"allocation": "uniform"}),
-    "undamped": Method("budgets undamped", {"damping": 1.0}),
+    "undamped": Method("budgets by sensitivity alone", {"damping": 1.0, "key_weight": 1.0}),
+    "full-keys": Method("budgets in which errors of keys count in full", {"key_weight": 1.0}),
     "unaligned": Method("without alignment (mean pool in the same groups)", {"fusion": "linear"}),
     "next-token": Method("without distillation (next token)", distil=False),
     "cka": Method("grouped by CKA, aligned fusion", {"grouping": "cka"}),
     "cka-linear": Method("grouped by CKA, mean pool", {"grouping": "cka", "fusion": "linear"}),
 }
 MAIN = ("gqa", "linear", "aligned")
-ABLATION = ("aligned", "one-member", "uniform", "undamped", "unaligned", "next-token")
+ABLATION = ("aligned", "one-member", "uniform", "undamped", "full-keys", "unaligned", "next-token")
 STEP_TOKENS = 32_768
 BARS = (22, 400)
 """Steps at which adaptive and equal budgets, and the adapter alone, are compared."""
@@ -91,7 +92,7 @@ class Sizes:
     fractions: tuple[float, ...] = (0.0001, 0.0005, 0.0025, 0.01, 0.05)
     seeds: tuple[int, ...] = (0, 1)
     side_budget: float = 0.25
-    side_fractions: tuple[float, ...] = (0.0025, 0.05)
+    side_fractions: tuple[float, ...] = (0.0025, 0.01)
     split_fractions: tuple[float, ...] = (0.0025, 0.01)
     pretraining_tokens: float = 286e6
 

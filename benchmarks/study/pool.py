@@ -52,9 +52,13 @@ class Pace:
         self.seconds[job.fraction] = max(seconds, self.seconds.get(job.fraction, 0.0))
 
     def expected(self, job: Job) -> float:
-        """The slowest job of as many tokens, or of the next larger number; 0 where none ended yet."""
-        larger = [fraction for fraction in self.seconds if fraction >= job.fraction]
-        return self.seconds[min(larger)] if larger else 0.0
+        """The slowest job of as many tokens, or a part of the next longer one's time, at most a minute of which has nothing to do
+        with the tokens; 0 where none ended yet."""
+        longer = [fraction for fraction in self.seconds if fraction >= job.fraction]
+        if not longer:
+            return 0.0
+        seconds = self.seconds[min(longer)]
+        return max(seconds * job.fraction / min(longer), min(seconds, 60.0)) if min(longer) > 0 else seconds
 
 
 class Workers:

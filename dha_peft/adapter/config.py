@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any
 
@@ -44,6 +44,9 @@ class DHAConfig(PeftConfig):
             `"adaptive"` gives every layer its own counts of key and value heads, `"uniform"` gives all the same.
         damping (`float`):
             Exponent on a layer's sensitivity in the adaptive allocation; 1 follows it fully, 0 ignores it.
+        key_weight (`float`):
+            How much the error of a key head counts against that of a value head in the adaptive allocation; below 1, as training
+            repairs more of it. Without effect where keys and values are budgeted apart.
         min_heads (`int`):
             Least number of key heads and of value heads per layer in the adaptive allocation.
         train_frames (`bool`):
@@ -70,6 +73,7 @@ class DHAConfig(PeftConfig):
     grouping: str = field(default="aligned", metadata={"help": "'aligned', 'cka', 'contiguous' or 'learned'."})
     allocation: str = field(default="adaptive", metadata={"help": "'adaptive' or 'uniform' counts per layer."})
     damping: float = field(default=0.7, metadata={"help": "Exponent on sensitivity in the adaptive allocation."})
+    key_weight: float = field(default=0.8, metadata={"help": "What errors of keys count against those of values."})
     min_heads: int = field(default=1, metadata={"help": "Least key heads and value heads per layer."})
     train_frames: bool = field(default=True, metadata={"help": "Train the maps into and out of the common frame."})
     target_modules: list[str] | str | None = field(
@@ -104,10 +108,13 @@ class DHAConfig(PeftConfig):
             )
         if not isinstance(self.damping, int | float) or not self.damping >= 0:
             raise ValueError(f"`damping` is {self.damping!r}, but it is an exponent; choose a number from 0 on.")
+        if not isinstance(self.key_weight, int | float) or not 0 < self.key_weight < float("inf"):
+            raise ValueError(
+                f"`key_weight` is {self.key_weight!r}, but it says how much errors of keys count; choose a number above 0."
+            )
         if self.exclude_modules:
             raise ValueError("`exclude_modules` is not supported: every layer is part of the budget; leave it empty.")
 
     def search_options(self) -> SearchOptions:
         """The part that the search reads."""
-        names = ("head_budget", "key_budget", "value_budget", "grouping", "allocation", "damping", "min_heads")
-        return SearchOptions(**{name: getattr(self, name) for name in names})
+        return SearchOptions(**{option.name: getattr(self, option.name) for option in fields(SearchOptions)})

@@ -28,7 +28,9 @@ def facts_of(run: Run, base: nn.Module, plan: DHAPlan) -> dict[str, Any]:
         "model_type": base.config.model_type,
         "parameters": sum(p.numel() for p in base.parameters()),
         "budget": plan.kept,
-        "method": {name: getattr(config, name) for name in ("fusion", "grouping", "allocation", "damping")},
+        "method": {
+            name: getattr(config, name) for name in ("fusion", "grouping", "allocation", "damping", "key_weight")
+        },
         "kv_bytes": {"before": before, "after": after},
         "plan": plan.to_dict(),
         "losses": {},

@@ -38,6 +38,7 @@ class SearchOptions:
     grouping: str = "aligned"
     allocation: str = "adaptive"
     damping: float = 0.7
+    key_weight: float = 0.8
     min_heads: int = 1
 
 
@@ -153,7 +154,7 @@ def plan_counts(curves: list[dict[str, GroupCurve]], options: SearchOptions) -> 
         if options.allocation == "uniform":
             chosen = uniform_counts(capacities, total)
         else:
-            costs = [damped_costs(curves[index][kind], options.damping) for index, kind in places]
+            costs = [_costs(curves[index][kind], kind, options) for index, kind in places]
             chosen = cheapest_counts(costs, total, options.min_heads)
         for (index, kind), count in zip(places, chosen, strict=True):
             counts[index][kind] = count
@@ -175,11 +176,15 @@ def _totals(capacities: list[int], options: SearchOptions) -> list[tuple[tuple[s
     return totals
 
 
-def damped_costs(curve: GroupCurve, damping: float) -> list[float]:
-    """Errors scaled so that a layer's error at a quarter of its heads counts with its `damping`-th power: budgets in
-    full proportion to sensitivity strip early layers, which hurts after healing (ours)."""
+def _costs(curve: GroupCurve, kind: str, options: SearchOptions) -> list[float]:
+    """What the errors of a place cost once training has made up for some of them (ours).
+
+    A layer's error at a quarter of its heads counts with its `damping`-th power, as budgets in full proportion to sensitivity
+    strip early layers. Errors of keys count `key_weight` times, as training was measured to repair more of them.
+    """
     quarter = max(curve.errors[max(curve.num_heads // 4, 1) - 1], 1e-30)
-    return [error * quarter ** (damping - 1) for error in curve.errors]
+    weight = options.key_weight if kind == "key" else 1.0
+    return [weight * error * quarter ** (options.damping - 1) for error in curve.errors]
 
 
 def _budget(options: SearchOptions, pool: tuple[str, ...]) -> tuple[str, float]:

@@ -3,6 +3,8 @@ have come close are put together."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,8 @@ def learned_plan(sites: list[AttentionSite], options: SearchOptions) -> DHAPlan:
     """Groups by the cosine of the heads as the adapter makes them now, counts by how far these are from their mean. `sites`:
     attention blocks whose key and value projections are `DHALayer`s."""
     curves = [{kind: _curve(site.outer(kind)) for kind in KINDS} for site in sites]
-    counts = plan_counts(curves, options)
+    # The paper's distances, which `key_weight` was not measured for.
+    counts = plan_counts(curves, replace(options, key_weight=1.0))
     groups = (
         tuple(curve[kind].groups[count[kind] - 1] for kind in KINDS)
         for curve, count in zip(curves, counts, strict=True)

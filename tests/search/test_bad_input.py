@@ -33,7 +33,9 @@ def test_too_small_a_budget_is_found_before_the_calibration_runs():
         get_dha_model(make_base(), DHAConfig(head_budget=0.05), batches())
 
 
-@pytest.mark.parametrize(("field", "value"), [("min_heads", 0), ("damping", -1.0), ("damping", float("nan"))])
+@pytest.mark.parametrize(
+    ("field", "value"), [("min_heads", 0), ("damping", -1.0), ("damping", float("nan")), ("key_weight", 0)]
+)
 def test_numbers_that_make_no_sense(field, value):
     with pytest.raises(ValueError, match=f"`{field}` is {value}.*choose"):
         DHAConfig(**{field: value})

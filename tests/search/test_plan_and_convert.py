@@ -38,6 +38,13 @@ def test_key_and_value_budgets_are_met_apart(analysis, allocation):
     assert [sum(getattr(x, f"num_{k}_heads") for x in plan.layers) for k in ("key", "value")] == [3, 21]
 
 
+def test_the_less_errors_of_keys_count_the_fewer_keys_stay(analysis):
+    plans = [analysis.plan(SearchOptions(head_budget=0.5, key_weight=weight)) for weight in (1e-6, 0.8, 1e6)]
+    keys = [sum(layer.num_key_heads for layer in plan.layers) for plan in plans]
+    assert keys[0] == LAYERS and keys[2] == TOTAL // 2 - LAYERS and keys[0] < keys[1] < keys[2]
+    assert [plan.heads_after for plan in plans] == [TOTAL // 2] * 3
+
+
 def test_min_heads_is_kept_where_the_budget_allows_it(analysis):
     plan = analysis.plan(SearchOptions(head_budget=0.5, min_heads=3))
     assert min(min(x.num_key_heads, x.num_value_heads) for x in plan.layers) >= 3 and plan.heads_after == 24

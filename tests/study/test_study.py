@@ -39,10 +39,12 @@ def test_a_table_knows_the_jobs_that_it_holds(tmp_path):
 def test_the_pace_of_longer_jobs_bounds_that_of_shorter_ones():
     pace, long, short = Pace(), Job("gqa", 0.5, 0.05, 0.0, 0), Job("gqa", 0.5, 0.01, 0.0, 0)
     assert pace.expected(long) == 0
-    pace.learn(long, 60.0)
-    assert pace.expected(short) == 60.0
+    pace.learn(long, 500.0)
+    assert pace.expected(short) == 100.0
+    pace.learn(long, 600.0)
+    assert (pace.expected(short), pace.expected(Job("gqa", 0.5, 0.0001, 0.0, 0))) == (120.0, 60.0)
     pace.learn(short, 12.0)
-    assert (pace.expected(short), pace.expected(long)) == (12.0, 60.0)
+    assert (pace.expected(short), pace.expected(long)) == (12.0, 600.0)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
