@@ -32,7 +32,7 @@ LABELS = {
     "linear": "DHA linear (reconstruction)",
     "unaligned": "mean pool, regrouped",
     "uniform": "aligned, equal budgets",
-    "undamped": "by sensitivity, undamped",
+    "undamped": "by sensitivity alone",
     "aligned": "aligned (ours)",
 }
 LOSS = "loss (nats/token)"
@@ -94,7 +94,7 @@ def budgets(rows: list[Row]) -> Figure:
     """Heads kept in every layer under the three rules."""
     figure = Figure(figsize=(7, 2.6))
     panels = figure.subplots(1, 2, sharey=True)
-    rules = {"uniform": ("equal", GREY), "undamped": ("by sensitivity", ORANGE), "aligned": ("damped (default)", BLUE)}
+    rules = {"uniform": ("equal", GREY), "undamped": ("by sensitivity alone", ORANGE), "aligned": ("default", BLUE)}
     for axes, kind in zip(panels, ("keys", "values"), strict=True):
         for place, (rule, (label, colour)) in enumerate(rules.items()):
             own = where(rows, rule=rule)

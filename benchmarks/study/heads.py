@@ -108,7 +108,7 @@ def fused(
 
 
 def budgets(analyses: dict[str, Analysis], budget: float) -> Iterator[dict[str, Any]]:
-    """Key heads and value heads of every layer under equal, undamped and damped budgets."""
+    """Key heads and value heads of every layer under equal budgets, those by sensitivity alone and the default."""
     for name in BUDGETS:
         config = DHAConfig(head_budget=budget, **METHODS[name].fields)
         plan: DHAPlan = analyses["aligned"].plan(config.search_options())

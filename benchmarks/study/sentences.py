@@ -97,7 +97,7 @@ def caches(rows: list[Row]) -> str:
 
 def budgets(rows: list[Row]) -> str:
     """Fewest and most heads under each rule."""
-    names = {"uniform": "equal", "undamped": "undamped", "aligned": "damped"}
+    names = {"uniform": "equal", "undamped": "by sensitivity alone", "aligned": "by default"}
     parts = []
     for rule, label in names.items():
         own = where(rows, rule=rule)

@@ -39,7 +39,8 @@ def collect_statistics(
     so no labels are needed); models without logits keep the weights' metrics.
 
     Raises:
-        ValueError: a batch without `input_ids`, no batch at all, or weights that are not finite.
+        ValueError: a batch without `input_ids` or with tokens that the model does not know, no batch at all, or weights that
+            are not finite.
     """
     _check_weights(model)
     if data is None:
@@ -51,7 +52,8 @@ def collect_statistics(
         return _weights_only(sites)
     moments = [_Moments(site) for site in sites]
     fisher = [_FisherAccumulator(site) for site in sites]
-    tokens = _run(model, sites, _checked(data, needed_names(model, sites[0].family)), moments, fisher, gradient_tokens)
+    batches = _checked(data, needed_names(model, sites[0].family), _vocabulary(model))
+    tokens = _run(model, sites, batches, moments, fisher, gradient_tokens)
     means = [moment.keys.mean() for moment in moments]
     metrics = [weight_metrics(s, m.queries.mean()) for s, m in zip(sites, moments, strict=True)]
     if fisher[0].count:
@@ -240,7 +242,14 @@ def _masks(inputs: Batch, family: Family) -> dict[str, Tensor | None]:
     return {"self": decoder, "encoder": mask if family.source_mask else None}
 
 
-def _checked(data: Iterable[Batch], names: tuple[str, ...]) -> Iterator[Batch]:
+def _vocabulary(model: nn.Module) -> int | None:
+    """How many tokens the model knows; None where it has no table of them."""
+    with suppress(AttributeError, NotImplementedError):
+        return model.get_input_embeddings().num_embeddings
+    return None
+
+
+def _checked(data: Iterable[Batch], names: tuple[str, ...], vocabulary: int | None) -> Iterator[Batch]:
     if not isinstance(data, Iterable) or isinstance(data, Mapping):
         raise ValueError(
             f"`calibration_data` is one {type(data).__name__}, but it must yield batches; pass a list of them or a DataLoader."
@@ -255,19 +264,25 @@ def _checked(data: Iterable[Batch], names: tuple[str, ...]) -> Iterator[Batch]:
                 f"`{'`, `'.join(names)}` (token ids are [batch, length]) and, if padded, `attention_mask`."
             )
         for name in {"input_ids", "decoder_input_ids"} & set(batch.keys()):
-            _check_ids(name, batch[name])
+            _check_ids(name, batch[name], vocabulary)
         empty = False
         yield batch
     if empty:
         raise ValueError("`calibration_data` yields no batch; pass at least one, or None to use the weights alone.")
 
 
-def _check_ids(name: str, ids: Any) -> None:
+def _check_ids(name: str, ids: Any, vocabulary: int | None) -> None:
     if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point() or not ids.numel():
         found = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
         raise ValueError(
             f"`{name}` of a batch of `calibration_data` is {found}, but it must be an integer tensor [batch, length] with tokens; "
             'let the tokenizer return tensors (`return_tensors="pt"`), and keep the batch dimension.'
+        )
+    lowest, highest = int(ids.min()), int(ids.max())
+    if vocabulary is not None and (lowest < 0 or highest >= vocabulary):
+        raise ValueError(
+            f"`{name}` of a batch of `calibration_data` holds token {lowest if lowest < 0 else highest}, but the model knows "
+            f"tokens 0 to {vocabulary - 1}; use the tokenizer that belongs to the model."
         )
 
 

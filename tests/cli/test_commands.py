@@ -42,6 +42,11 @@ def test_a_budget_too_small_is_refused_before_the_analysis(dha, tmp_path):
     assert status == 1 and "`head_budget`" in err and "analysis" not in text
 
 
+def test_a_budget_of_one_kind_cannot_be_swept(dha, tmp_path):
+    status, _, err = dha("sweep", DEMO, "-o", tmp_path / "out", "--set", "dha.key_budget=0.25")
+    assert status == 1 and "`dha.key_budget`" in err and not (tmp_path / "out").exists()
+
+
 def test_eval_puts_losses_into_the_card(dha, result):
     status, out, _ = dha("eval", result, "--validation", VALIDATION, "--limit", 1)
     assert status == 0 and "loss, base" in out and "loss, result" in out

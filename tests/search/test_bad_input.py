@@ -115,6 +115,8 @@ def test_an_already_converted_model(door):
         ([{"input_ids": [[1, 2]]}], "is list"),
         ([{"input_ids": torch.ones(4, dtype=torch.long)}], r"is torch.int64 \[4\]"),
         ([{"input_ids": torch.rand(1, 4)}], r"is torch.float32 \[1, 4\]"),
+        ([{"input_ids": torch.tensor([[1, 64]])}], "holds token 64, but the model knows tokens 0 to 63"),
+        ([{"input_ids": torch.tensor([[1, -100]])}], "holds token -100"),
     ],
 )
 def test_unusable_calibration_batches(door, batches, message):
