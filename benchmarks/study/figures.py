@@ -134,7 +134,7 @@ def tokens(rows: list[Row]) -> Figure | None:
         axes.set_xscale("log")
         axes.set_xticks([0.01, 0.1, 1], ["0.01", "0.1", "1"])
     panels[0].set(ylabel=LOSS)
-    panels[-1].legend()
+    panels[0].legend()
     return figure
 
 
