@@ -190,6 +190,7 @@ PARTS: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "scores": ("scores", scores_table),
     "retained": ("scores", sentences.retained),
     "ablation": ("losses", variants_table(ABLATION)),
+    "unfused": ("losses", sentences.unfused),
     "split": ("losses", split_table),
     "cka": ("losses", variants_table(CKA)),
     "caches": ("caches", caches_table),

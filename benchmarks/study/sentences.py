@@ -43,6 +43,17 @@ def adaptive(rows: list[Row]) -> str:
     return f"{better}; {'; '.join(worse)}." if worse else f"{better}."
 
 
+def unfused(rows: list[Row]) -> str:
+    """What keeping one member of each group costs after the most tokens that it was trained on."""
+    own = [r for r in where(rows, method="one-member") if r["fraction"]]
+    if not own:
+        return MISSING
+    cell = {name: max(own, key=lambda r: r["fraction"])[name] for name in ("budget", "fraction", "share")}
+    losses = (spread(where(rows, method=name, **cell)) for name in ("one-member", "aligned"))
+    left, fused = (f"{loss.mean:.3f}" if loss else MISSING for loss in losses)
+    return f"After {share(cell['fraction'])} of the tokens it reaches {left}, the default {fused}."
+
+
 def retained(rows: list[Row]) -> str:
     """Mean score against the base's, at 25 % of the heads and 0.25 % of the tokens."""
     rows = undivided(where(rows, metric="acc"))
