@@ -58,13 +58,15 @@ def main() -> None:
     calibration = sum(batch["input_ids"].numel() for batch in batches)
     print(f"{args.model}: {size / 1e6:.1f} M parameters, {calibration} calibration tokens, "
           f"{(len(validation) - 1) // LENGTH} windows, {args.device}, {torch.get_num_threads()} threads", flush=True)  # fmt: skip
-    rows = list(measured(model, batches, validation, args.budgets))
+    rows = list(measured(model, batches, validation, args.budgets, {"key_weight": args.key_weight}))
     if args.csv:
         write(args.csv, rows)
 
 
-def measured(model: nn.Module, batches: list, validation: torch.Tensor, budgets: list[float]) -> Iterator[dict]:
-    """One row per figure, printed as soon as it is known."""
+def measured(
+    model: nn.Module, batches: list, validation: torch.Tensor, budgets: list[float], ours: dict[str, Any]
+) -> Iterator[dict]:
+    """One row per figure, printed as soon as it is known. `ours`: fields of `DHAConfig` for aligned fusion."""
     sites, clock = find_attention(model), Clock()
     with clock.stage("calibration"):
         statistics = collect_statistics(model, sites, batches)
@@ -77,7 +79,7 @@ def measured(model: nn.Module, batches: list, validation: torch.Tensor, budgets:
     contiguous = search_groups(sites, statistics, "contiguous")
     yield row("base", 1.0, model, validation)
     for budget in budgets:
-        for name, fields, analysis in (("mean pool", MEAN_POOL, contiguous), ("aligned", {}, aligned)):
+        for name, fields, analysis in (("mean pool", MEAN_POOL, contiguous), ("aligned", ours, aligned)):
             yield row(name, budget, converted(model, budget, fields, analysis), validation)
     for name, (wall, cpu) in clock.stages.items():
         yield {"what": name, "seconds": round(wall, 2), "processor_seconds": round(cpu, 2)}
@@ -110,6 +112,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--text", type=Path, required=True, help="calibration text, .txt or .jsonl, also .gz or .xz")
     parser.add_argument("--validation", type=Path, required=True)
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.5, 0.25, 0.125])
+    parser.add_argument("--key-weight", type=float, default=DHAConfig.key_weight, help="as in DHAConfig")
     parser.add_argument("--tokens", type=int, default=131_072, help="calibration tokens")
     parser.add_argument("--windows", type=int, default=400, help="validation windows of 512 tokens")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

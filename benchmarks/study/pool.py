@@ -52,13 +52,14 @@ class Pace:
         self.seconds[job.fraction] = max(seconds, self.seconds.get(job.fraction, 0.0))
 
     def expected(self, job: Job) -> float:
-        """The slowest job of as many tokens, or a part of the next longer one's time, at most a minute of which has nothing to do
-        with the tokens; 0 where none ended yet."""
+        """The slowest job of as many tokens. Without one, a part of what the next longer ones took, by the tokens, but a minute
+        of it in any case, as not all of a job is training; 0 where none ended yet."""
         longer = [fraction for fraction in self.seconds if fraction >= job.fraction]
         if not longer:
             return 0.0
-        seconds = self.seconds[min(longer)]
-        return max(seconds * job.fraction / min(longer), min(seconds, 60.0)) if min(longer) > 0 else seconds
+        nearest = min(longer)
+        seconds = self.seconds[nearest]
+        return max(seconds * job.fraction / nearest, min(seconds, 60.0)) if nearest else seconds
 
 
 class Workers:

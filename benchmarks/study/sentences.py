@@ -48,7 +48,8 @@ def unfused(rows: list[Row]) -> str:
     own = [r for r in where(rows, method="one-member") if r["fraction"]]
     if not own:
         return MISSING
-    cell = {name: max(own, key=lambda r: r["fraction"])[name] for name in ("budget", "fraction", "share")}
+    last = max(own, key=lambda r: r["fraction"])
+    cell = {name: last[name] for name in ("budget", "fraction", "share")}
     losses = (spread(where(rows, method=name, **cell)) for name in ("one-member", "aligned"))
     left, fused = (f"{loss.mean:.3f}" if loss else MISSING for loss in losses)
     return f"After {share(cell['fraction'])} of the tokens it reaches {left}, the default {fused}."

@@ -50,8 +50,9 @@ def sweep(
     check_free(run.output, resume)
     check_files(run)
     check_grouping(run)
+    given = run.config()
     for name in ("plan", "key_budget", "value_budget"):
-        if getattr(run.config(), name) is not None:
+        if getattr(given, name) is not None:
             raise ValueError(f"`dha.{name}` fixes what a sweep over `head_budget` would move; leave it out.")
     for budget in run.sweep.budgets:
         run.dha["head_budget"] = budget

@@ -278,8 +278,10 @@ def _check_ids(name: str, ids: Any, vocabulary: int | None) -> None:
             f"`{name}` of a batch of `calibration_data` is {found}, but it must be an integer tensor [batch, length] with tokens; "
             'let the tokenizer return tensors (`return_tensors="pt"`), and keep the batch dimension.'
         )
+    if vocabulary is None:
+        return
     lowest, highest = int(ids.min()), int(ids.max())
-    if vocabulary is not None and (lowest < 0 or highest >= vocabulary):
+    if lowest < 0 or highest >= vocabulary:
         raise ValueError(
             f"`{name}` of a batch of `calibration_data` holds token {lowest if lowest < 0 else highest}, but the model knows "
             f"tokens 0 to {vocabulary - 1}; use the tokenizer that belongs to the model."
