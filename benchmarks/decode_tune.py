@@ -37,13 +37,14 @@ def tilings() -> list:
     from dha_peft.kernels.launch import Tiling
 
     shapes = (
+        (128, 8, 3, 1),
+        (128, 8, 4, 1),
         (128, 8, 6, 1),
-        (128, 8, 5, 1),
-        (64, 8, 8, 1),
+        (256, 8, 2, 1),
+        (256, 8, 3, 1),
+        (128, 4, 2, 2),
         (128, 4, 3, 2),
-        (64, 4, 6, 2),
-        (64, 4, 6, 1),
-        (64, 4, 8, 1),
+        (64, 4, 5, 1),
     )
     return [Tiling(ROWS, *shape) for shape in shapes]
 

@@ -14,8 +14,9 @@ from .triton_decode import attend_kernel, combine_kernel
 
 MAX_SPLITS = 512
 _LOG2E = 1.4426950408889634
-# Bytes that one program keeps on the way: several times what a multiprocessor's bandwidth x latency comes to.
-_IN_FLIGHT = 160 * 1024
+# Bytes that one program keeps on the way: about twice what a multiprocessor's bandwidth x latency comes to. With more,
+# requests only wait in a longer queue, some programs fall behind, and the others have nothing to do at the end.
+_IN_FLIGHT = 64 * 1024
 # Keys a multiprocessor below which a cache is short.
 _SHORT = 128
 # Numbers that one program of the second kernel takes: few programs start sooner than many.
@@ -42,14 +43,15 @@ def choose_tiling(rows: int, block_d: int, shared_memory: int, short: bool = Fal
         shared_memory: bytes that one program may use.
         short: there is so little to read that the time of a program's steps counts, not the memory's.
 
-    On an H100 one program of 8 warps with 128 keys a tile was the fastest for 32 query heads of 128 at every size that
-    memory bounds, and 4 warps with 64 keys took 20 to 25 % less time on what is `short` (`benchmarks/decode_tune.py`).
+    On an H100 one program of 8 warps with 128 keys a tile and two more on the way was the fastest or within 0.5 % of it for
+    32 query heads of 128 at every size that memory bounds, and 4 warps with 64 keys took 20 to 25 % less time on what is
+    `short` (`benchmarks/decode_tune.py`).
     """
     rows = min(128 if block_d <= 128 else 64, max(16, triton.next_power_of_2(rows)))
     if short and rows <= 32:
         return Tiling(rows, 64, 4, min(6, _stages(rows, 64, block_d, shared_memory)), 1)
     fits = [keys for keys in (128, 64, 32) if keys * block_d <= 128 * 128 and (rows <= 32 or keys < 128)]
-    deep = [keys for keys in fits if _stages(rows, keys, block_d, shared_memory) >= 4]
+    deep = [keys for keys in fits if _stages(rows, keys, block_d, shared_memory) >= 3]
     keys = deep[0] if deep else fits[-1]
     return Tiling(rows, keys, 8, _stages(rows, keys, block_d, shared_memory), 1)
 
