@@ -43,7 +43,7 @@ def choose_tiling(rows: int, block_d: int, shared_memory: int, short: bool = Fal
         shared_memory: bytes that one program may use.
         short: there is so little to read that the time of a program's steps counts, not the memory's.
 
-    On an H100 one program of 8 warps with 128 keys a tile and two more on the way was the fastest or within 0.5 % of it for
+    On an H100 one program of 8 warps with 128 keys a tile and two more on the way was the fastest or within 2 % of it for
     32 query heads of 128 at every size that memory bounds, and 4 warps with 64 keys took 20 to 25 % less time on what is
     `short` (`benchmarks/decode_tune.py`).
     """
