@@ -37,14 +37,17 @@ def tilings() -> list:
     from dha_peft.kernels.launch import Tiling
 
     shapes = (
+        (128, 4, 3, 1, True),
+        (128, 4, 4, 1, True),
+        (128, 4, 2, 2, True),
+        (256, 8, 2, 1, True),
+        (64, 4, 3, 2, True),
         (128, 8, 3, 1),
-        (128, 8, 4, 1),
         (128, 8, 6, 1),
-        (256, 8, 2, 1),
-        (256, 8, 3, 1),
+        (128, 4, 3, 1),
         (128, 4, 2, 2),
-        (128, 4, 3, 2),
-        (64, 4, 5, 1),
+        (256, 8, 2, 1),
+        (64, 4, 3, 2),
     )
     return [Tiling(ROWS, *shape) for shape in shapes]
 

@@ -8,6 +8,7 @@ from functools import lru_cache
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .bounds import launch_bounds, on_device_of
 from .triton_decode import attend_kernel, combine_kernel
@@ -19,48 +20,56 @@ _LOG2E = 1.4426950408889634
 _IN_FLIGHT = 64 * 1024
 # Keys a multiprocessor below which a cache is short.
 _SHORT = 128
+# Rows that the copy engine can count here.
+_MOST_ROWS = 2**31 - 1
 # Numbers that one program of the second kernel takes: few programs start sooner than many.
 _COMBINED = 4096
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """Shape of one program: `rows` (query heads x tokens), `keys` per tile, and what it needs of a multiprocessor."""
+    """Shape of one program: `rows` (query heads x tokens), `keys` per tile, and what it needs of a multiprocessor.
+
+    With `bulk` the tiles come through the chip's copy engine, which costs a program fewer instructions than loads of its
+    own, but copies whole tiles only, from caches that lie as `_one_array` says.
+    """
 
     rows: int
     keys: int
     warps: int
     stages: int
     per_processor: int
+    bulk: bool = False
 
 
 @lru_cache(maxsize=512)
-def choose_tiling(rows: int, block_d: int, shared_memory: int, short: bool = False) -> Tiling:
+def choose_tiling(rows: int, block_d: int, shared_memory: int, short: bool = False, bulk: bool = False) -> Tiling:
     """Tiles that keep the accumulators in registers and fill shared memory with loads in flight.
 
     Args:
         rows: query heads x tokens. block_d: columns of a tile.
         shared_memory: bytes that one program may use.
         short: there is so little to read that the time of a program's steps counts, not the memory's.
+        bulk: the copy engine may be used.
 
-    On an H100 one program of 8 warps with 128 keys a tile and two more on the way was the fastest or within 2 % of it for
-    32 query heads of 128 at every size that memory bounds, and 4 warps with 64 keys took 20 to 25 % less time on what is
-    `short` (`benchmarks/decode_tune.py`).
+    `benchmarks/decode_tune.py` compares them. For 32 query heads of 128 on an H100 these are within 1.5 % of the fastest at
+    every size; `bulk` pays where a program's own steps take as long as its loads, as with tiles that are not full.
     """
     rows = min(128 if block_d <= 128 else 64, max(16, triton.next_power_of_2(rows)))
     if short and rows <= 32:
-        return Tiling(rows, 64, 4, min(6, _stages(rows, 64, block_d, shared_memory)), 1)
+        return Tiling(rows, 64, 4, _stages(rows, 64, block_d, shared_memory // 2, _IN_FLIGHT // 2), 2)
     fits = [keys for keys in (128, 64, 32) if keys * block_d <= 128 * 128 and (rows <= 32 or keys < 128)]
     deep = [keys for keys in fits if _stages(rows, keys, block_d, shared_memory) >= 3]
     keys = deep[0] if deep else fits[-1]
-    return Tiling(rows, keys, 8, _stages(rows, keys, block_d, shared_memory), 1)
+    bulk = bulk and rows <= 32
+    return Tiling(rows, keys, 4 if bulk else 8, _stages(rows, keys, block_d, shared_memory), 1, bulk)
 
 
-def _stages(rows: int, keys: int, block_d: int, shared_memory: int) -> int:
+def _stages(rows: int, keys: int, block_d: int, shared_memory: int, in_flight: int = _IN_FLIGHT) -> int:
     """Tiles in shared memory, beside the queries and the probabilities."""
     tile = keys * block_d * 2
     room = shared_memory - rows * (block_d + keys) * 2 - 4096
-    return max(2, min(8, 1 + _IN_FLIGHT // tile, room // tile))
+    return max(2, min(8, 1 + in_flight // tile, room // tile))
 
 
 @lru_cache(maxsize=4096)
@@ -89,9 +98,10 @@ def choose_splits(tasks: int, slots: int, num_keys: int, heads_read: int, rows: 
 
 @lru_cache(maxsize=16)
 def _device(index: int) -> tuple[int, int, bool]:
-    """Multiprocessors, shared memory of one program in bytes, and whether kernels may start before their inputs are done."""
+    """Multiprocessors, shared memory of one program in bytes, and whether the chip has Hopper's ways: a copy engine, and
+    kernels that start before their inputs are done."""
     props = torch.cuda.get_device_properties(index)
-    hopper = props.major >= 9 and hasattr(triton.language.extra.cuda, "gdc_wait")
+    hopper = torch.version.cuda is not None and props.major >= 9 and hasattr(triton.language.extra.cuda, "gdc_wait")
     return props.multi_processor_count, getattr(props, "shared_memory_per_block_optin", 96 * 1024), hopper
 
 
@@ -122,8 +132,11 @@ def launch_decode(
     # Tiles of at least 64 columns: a narrower one is read by two kinds of matrix instruction, and Triton 3.6 then loads the
     # next tile over it before the slower kind has read it (one buffer too few).
     rows, num_keys, block_d = heads * tokens, k.shape[2], max(64, triton.next_power_of_2(dim))
-    processors, shared_memory, pdl = _device(q.device.index or 0)
-    tiling = tiling or choose_tiling(rows, block_d, shared_memory, batch * num_keys <= _SHORT * processors)
+    processors, shared_memory, hopper = _device(q.device.index or 0)
+    if tiling is None:
+        short = batch * num_keys <= _SHORT * processors
+        tiling = choose_tiling(rows, block_d, shared_memory, short, hopper)
+    bulk = tiling.bulk and _are_rows(k, v)
     row_blocks = -(-rows // tiling.rows)
     slots = processors * tiling.per_processor
     heads_read = k.shape[1] + v.shape[1]
@@ -133,17 +146,35 @@ def launch_decode(
     part, lse = _partials(q, splits, rows)
     with on_device_of(q):
         attend_kernel[(splits, row_blocks, batch)](
-            q, k, v, key_map, value_map, *_mask_pointer(mask, q), q if start is None else start,
+            q, k, v, _one_array(k, v, tiling.keys) if bulk else k, key_map, value_map, *_mask_pointer(mask, q), q if start is None else start,
             q if length is None else length, q if plain is None else plain, out, part, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
             *_mask_strides(mask), *out.stride()[:3], k.shape[1], v.shape[1], num_keys, rows, splits, scale * _LOG2E,
             0.0 if _mask_kind(mask) < 2 else torch.finfo(mask.dtype).min / 2,
             TOKENS=tokens, DIM=dim, BLOCK_D=block_d, ROWS=tiling.rows, KEYS=tiling.keys, STAGES=tiling.stages,
             ALIGN=_alignment(k, v), MASK=_mask_kind(mask), HAS_START=start is not None, HAS_LENGTH=length is not None,
-            SPLIT=splits > 1, PDL=pdl, num_warps=tiling.warps, **({"launch_pdl": True} if pdl else {}),
+            SPLIT=splits > 1, BULK=bulk, PDL=hopper, num_warps=tiling.warps,
+            **({"launch_pdl": True} if hopper else {}),
         )  # fmt: skip
         if splits > 1:
-            _combine(part, lse, out, pdl)
+            _combine(part, lse, out, hopper)
     return out
+
+
+def _are_rows(k: Tensor, v: Tensor) -> bool:
+    """Whether both caches are made of rows of one array, each with a power of 2 of numbers and right behind another."""
+    dim, apart = k.shape[-1], abs(k.data_ptr() - v.data_ptr()) // k.element_size()
+    if dim not in (64, 128, 256) or apart % dim or (k.data_ptr() | v.data_ptr()) % 16:
+        return False
+    span = apart + max(sum(s * (n - 1) for s, n in zip(x.stride(), x.shape, strict=True)) for x in (k, v))
+    return span // dim < _MOST_ROWS and all(
+        x.stride(2) == dim and x.stride(0) % dim == x.stride(1) % dim == 0 for x in (k, v)
+    )
+
+
+def _one_array(k: Tensor, v: Tensor, keys: int) -> TensorDescriptor:
+    """The rows of both caches, from the lower address on, to be read in tiles of so many `keys`."""
+    dim = k.shape[-1]
+    return TensorDescriptor(k if k.data_ptr() <= v.data_ptr() else v, [_MOST_ROWS, dim], [dim, 1], [keys, dim])
 
 
 def _combine(part: Tensor, lse: Tensor, out: Tensor, pdl: bool) -> None:

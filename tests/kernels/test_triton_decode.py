@@ -16,12 +16,26 @@ pytestmark = pytest.mark.skipif(
 TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 5e-4}
 
 
-def make(batch, heads, key_heads, value_heads, tokens, keys, dim, dtype=torch.bfloat16, seed=0):
+@pytest.fixture(params=["as short caches", "as long caches"])
+def length_class(request, monkeypatch):
+    """Small shapes get the programs of short caches; the second time those of long ones."""
+    if request.param == "as long caches":
+        from dha_peft.kernels import launch
+
+        monkeypatch.setattr(launch, "_SHORT", 0)
+
+
+def make(batch, heads, key_heads, value_heads, tokens, keys, dim, dtype=torch.bfloat16, seed=0, adjacent=False):
+    """With `adjacent` both caches are contiguous, as the bulk copy engine needs them, and either may lie first."""
     generator = torch.Generator("cuda").manual_seed(seed)
     new = {"generator": generator, "device": "cuda", "dtype": torch.float32}
     q = torch.randn(batch, heads, tokens, dim, **new).to(dtype)
     k = torch.randn(batch, keys, key_heads, dim, **new).to(dtype).transpose(1, 2)  # strides of a transposed cache
     v = torch.randn(batch, value_heads, keys, dim, **new).to(dtype)
+    if adjacent:
+        room = torch.empty(k.numel() + v.numel(), device="cuda", dtype=dtype)
+        k_at, v_at = (v.numel(), 0) if seed % 2 else (0, k.numel())
+        k, v = (room[at : at + x.numel()].view_as(x).copy_(x) for x, at in ((k, k_at), (v, v_at)))
     maps = [torch.randint(n, (heads,), generator=generator, device="cuda") for n in (key_heads, value_heads)]
     return q, k, v, *maps
 
@@ -40,25 +54,27 @@ def assert_agrees(args, **options):
 
 @pytest.mark.parametrize("dim", [32, 64, 80, 96, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_head_sizes(dim, dtype):
-    assert_agrees(make(2, 12, 3, 5, 1, 333, dim, dtype))
+def test_head_sizes(dim, dtype, length_class):
+    for seed, adjacent in enumerate((False, True, True)):
+        assert_agrees(make(2, 12, 3, 5, 1, 333, dim, dtype, seed, adjacent))
 
 
 @pytest.mark.parametrize("heads", [4, 16, 32, 40, 64, 128])
 @pytest.mark.parametrize("tokens", [1, 4])
-def test_numbers_of_query_heads(heads, tokens):
-    assert_agrees(make(2, heads, 3, 4, tokens, 700, 128))
+def test_numbers_of_query_heads(heads, tokens, length_class):
+    assert_agrees(make(2, heads, 3, 4, tokens, 700, 128, adjacent=True))
 
 
-@pytest.mark.parametrize("seed", range(24))
-def test_ragged_random_shapes(seed):
+@pytest.mark.parametrize("seed", range(36))
+def test_ragged_random_shapes(seed, length_class):
     draw = random.Random(seed)
     batch, tokens = draw.choice([1, 2, 5]), draw.choice([1, 1, 2, 3, 5])
     keys = draw.randint(tokens + 1, 3000)
     dim, dtype = draw.choice([32, 64, 80, 128]), draw.choice(list(TOLERANCE))
     args = make(
-        batch, draw.choice([4, 8, 20, 32]), draw.randint(1, 13), draw.randint(1, 13), tokens, keys, dim, dtype, seed
-    )
+        batch, draw.choice([4, 8, 20, 32]), draw.randint(1, 13), draw.randint(1, 13), tokens, keys, dim, dtype, seed,
+        adjacent=draw.random() < 0.7,
+    )  # fmt: skip
     start = torch.tensor([draw.randint(0, keys - tokens) for _ in range(batch)], device="cuda")
     length = torch.tensor([draw.randint(int(s) + tokens, keys) for s in start], device="cuda")
     want_inputs = {"start": start, "length": length}
@@ -81,18 +97,19 @@ def _mask(batch, tokens, keys, start, length):
 @pytest.mark.parametrize("heads", [(8, 8), (3, 13), (5, 11), (1, 32)])
 def test_long_and_short_caches(keys, heads):
     batch = 9 if keys < 1000 else 3 if keys < 10000 else 1  # the reference expands every head in float64
-    assert_agrees(make(batch, 32, *heads, 1, keys, 128))
+    for adjacent in (False, True):
+        assert_agrees(make(batch, 32, *heads, 1, keys, 128, adjacent=adjacent))
 
 
-@pytest.mark.parametrize("short", [False, True])
+@pytest.mark.parametrize("short, bulk", [(False, False), (False, True), (True, False)])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dim", [64, 128])
-def test_both_tilings_with_any_number_of_programs(short, masked, dim):
+def test_every_tiling_with_any_number_of_programs(short, bulk, masked, dim):
     from dha_peft.kernels.launch import _device, choose_tiling, launch_decode
 
-    tiling = choose_tiling(32, dim, _device(0)[1], short)
+    tiling = choose_tiling(32, dim, _device(0)[1], short, bulk)
     for seed, splits in enumerate((1, 3, 8, 50, 300)):
-        args = make(2, 32, 3 + seed, 7, 1, 1100 + 37 * seed, dim, seed=seed)
+        args = make(2, 32, 3 + seed, 7, 1, 1100 + 37 * seed, dim, seed=seed, adjacent=bulk)
         start, length = torch.tensor([seed, 400], device="cuda"), torch.tensor([1100, 401 + 30 * seed], device="cuda")
         bounds = (
             {"mask": _mask(2, 1, args[1].shape[2], start, length)} if masked else {"start": start, "length": length}
@@ -103,24 +120,31 @@ def test_both_tilings_with_any_number_of_programs(short, masked, dim):
         assert error < TOLERANCE[out.dtype], f"relative error {error:.2e} with {splits} programs"
 
 
-def test_unfilled_slots_are_never_read():
-    q, k, v, *maps = make(3, 8, 2, 3, 1, 500, 64)
-    length = torch.tensor([1, 200, 499], device="cuda")
-    want = dha_decode(q, k, v, *maps, length=length, backend="torch")
-    for b, end in enumerate(length.tolist()):
-        k[b, :, end:], v[b, :, end:] = torch.nan, torch.nan
-    out = dha_decode(q, k, v, *maps, length=length, backend="triton")
+@pytest.mark.parametrize("adjacent", [False, True])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_what_lies_outside_of_a_sequence_is_never_read(dim, adjacent, length_class):
+    q, k, v, *maps = make(6, 8, 2, 3, 1, 500, dim, adjacent=adjacent)
+    bounds = {
+        "start": torch.tensor([0, 0, 0, 71, 72, 499], device="cuda"),
+        "length": torch.tensor([1, 200, 499, 200, 199, 500], device="cuda"),
+    }
+    want = dha_decode(q, k, v, *maps, **bounds, backend="torch")
+    for b, (begin, end) in enumerate(zip(*(x.tolist() for x in bounds.values()), strict=True)):
+        for x in (k, v):
+            x[b, :, :begin], x[b, :, end:] = torch.nan, torch.nan
+    out = dha_decode(q, k, v, *maps, **bounds, backend="triton")
     torch.testing.assert_close(out, want, rtol=2e-2, atol=2e-2)
 
 
-def test_more_sequences_than_programs_and_empty_ones():
-    args = make(300, 8, 2, 3, 1, 90, 64)
-    length = torch.randint(0, 91, (300,), device="cuda")
+@pytest.mark.parametrize("keys", [90, 300])
+def test_more_sequences_than_programs_and_empty_ones(keys):
+    args = make(300, 8, 2, 3, 1, keys, 64, adjacent=True)
+    length = torch.randint(0, keys + 1, (300,), device="cuda")
     assert_agrees(args, length=length)
 
 
-def test_compiled_whole_and_in_a_cuda_graph():
-    args = make(2, 8, 2, 3, 1, 300, 64)
+def test_compiled_whole_and_in_a_cuda_graph(length_class):
+    args = make(2, 8, 2, 3, 1, 300, 64, adjacent=True)
     mask = torch.ones(2, 1, 1, 300, dtype=torch.bool, device="cuda")
     mask[:, :, :, 200:] = False
     compiled = torch.compile(
