@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 
-@torch.library.custom_op("dha_peft::decode", mutates_args=(), device_types="cuda")
+# Any layout is taken as it is. Without that tag the compiler makes a copy of the mask for each layer of a model.
+@torch.library.custom_op("dha_peft::decode", mutates_args=(), device_types="cuda", tags=(torch.Tag.flexible_layout,))
 def decode(
     q: Tensor,
     k: Tensor,
