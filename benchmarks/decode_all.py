@@ -28,7 +28,7 @@ from decode_model import ModelShape, build, generate_results, heads_of, prefill_
 from decode_step import Job
 
 ROOT, BEGIN = Path(__file__).resolve().parents[1], time.time()
-MODE = "reduce-overhead"
+MODE = "reduce-overhead+pdl"
 OTHERS = ("generate", "prefill")
 PARTS = {
     "single": tuple(f"{name}:{MODE}:16:1x{context}" for context in (512, 4096, 32768) for name in ("mha", "dha+fused")),
