@@ -8,6 +8,7 @@ from functools import lru_cache
 import torch
 import triton
 from torch import Tensor
+from triton.testing import get_dram_gbps
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .bounds import launch_bounds, on_device_of
@@ -18,6 +19,9 @@ _LOG2E = 1.4426950408889634
 # Bytes that one program keeps on the way: about twice what a multiprocessor's bandwidth x latency comes to. With more,
 # requests only wait in a longer queue, some programs fall behind, and the others have nothing to do at the end.
 _IN_FLIGHT = 64 * 1024
+# GB/s that memory has for each multiprocessor above which a program's own loads are slower than it: one takes 0.9 us for
+# a tile of 32 KB and its products, and where a tile comes in less than 1.2 us that is no longer hidden well.
+_FAST = 27.0
 # Keys a multiprocessor below which a cache is short.
 _SHORT = 128
 # Rows that the copy engine can count here.
@@ -52,8 +56,8 @@ def choose_tiling(rows: int, block_d: int, shared_memory: int, short: bool = Fal
         short: there is so little to read that the time of a program's steps counts, not the memory's.
         bulk: the copy engine may be used.
 
-    `benchmarks/decode_tune.py` compares them. For 32 query heads of 128 on an H100 these are within 1.5 % of the fastest at
-    every size; `bulk` pays where a program's own steps take as long as its loads, as with tiles that are not full.
+    `benchmarks/decode_tune.py` compares them. For 32 query heads of 128 on an H100 these are within 1 % of the fastest at
+    every size; `bulk` is not among those there.
     """
     rows = min(128 if block_d <= 128 else 64, max(16, triton.next_power_of_2(rows)))
     if short and rows <= 32:
@@ -96,13 +100,30 @@ def choose_splits(tasks: int, slots: int, num_keys: int, heads_read: int, rows: 
     return min(range(1, most + 1), key=cost)
 
 
+@dataclass(frozen=True)
+class Device:
+    """What the choices here need to know of a GPU.
+
+    `shared_memory` is what one program may use, in bytes. `early_start`: kernels may start before their inputs are done.
+    `bulk`: there is an engine that copies tiles, and memory is so fast that it is needed.
+    """
+
+    processors: int
+    shared_memory: int
+    early_start: bool
+    bulk: bool
+
+
 @lru_cache(maxsize=16)
-def _device(index: int) -> tuple[int, int, bool]:
-    """Multiprocessors, shared memory of one program in bytes, and whether the chip has Hopper's ways: a copy engine, and
-    kernels that start before their inputs are done."""
+def device_of(index: int) -> Device:
     props = torch.cuda.get_device_properties(index)
-    hopper = torch.version.cuda is not None and props.major >= 9 and hasattr(triton.language.extra.cuda, "gdc_wait")
-    return props.multi_processor_count, getattr(props, "shared_memory_per_block_optin", 96 * 1024), hopper
+    hopper = torch.version.cuda is not None and props.major >= 9
+    return Device(
+        processors=props.multi_processor_count,
+        shared_memory=getattr(props, "shared_memory_per_block_optin", 96 * 1024),
+        early_start=hopper and hasattr(triton.language.extra.cuda, "gdc_wait"),
+        bulk=hopper and get_dram_gbps(index) > _FAST * props.multi_processor_count,
+    )
 
 
 def launch_decode(
@@ -132,13 +153,13 @@ def launch_decode(
     # Tiles of at least 64 columns: a narrower one is read by two kinds of matrix instruction, and Triton 3.6 then loads the
     # next tile over it before the slower kind has read it (one buffer too few).
     rows, num_keys, block_d = heads * tokens, k.shape[2], max(64, triton.next_power_of_2(dim))
-    processors, shared_memory, hopper = _device(q.device.index or 0)
+    device = device_of(q.device.index or 0)
     if tiling is None:
-        short = batch * num_keys <= _SHORT * processors
-        tiling = choose_tiling(rows, block_d, shared_memory, short, hopper)
+        short = batch * num_keys <= _SHORT * device.processors
+        tiling = choose_tiling(rows, block_d, device.shared_memory, short, device.bulk)
     bulk = tiling.bulk and _are_rows(k, v)
     row_blocks = -(-rows // tiling.rows)
-    slots = processors * tiling.per_processor
+    slots = device.processors * tiling.per_processor
     heads_read = k.shape[1] + v.shape[1]
     capacity = -(-num_keys // 64) * 64  # so that a growing cache asks anew only now and then
     splits = splits or choose_splits(batch * row_blocks, slots, capacity, heads_read, tiling.rows, tiling.keys)
@@ -152,11 +173,11 @@ def launch_decode(
             0.0 if _mask_kind(mask) < 2 else torch.finfo(mask.dtype).min / 2,
             TOKENS=tokens, DIM=dim, BLOCK_D=block_d, ROWS=tiling.rows, KEYS=tiling.keys, STAGES=tiling.stages,
             ALIGN=_alignment(k, v), MASK=_mask_kind(mask), HAS_START=start is not None, HAS_LENGTH=length is not None,
-            SPLIT=splits > 1, BULK=bulk, PDL=hopper, num_warps=tiling.warps,
-            **({"launch_pdl": True} if hopper else {}),
+            SPLIT=splits > 1, BULK=bulk, PDL=device.early_start, num_warps=tiling.warps,
+            **({"launch_pdl": True} if device.early_start else {}),
         )  # fmt: skip
         if splits > 1:
-            _combine(part, lse, out, hopper)
+            _combine(part, lse, out, device.early_start)
     return out
 
 

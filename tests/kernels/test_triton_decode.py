@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,13 +17,18 @@ pytestmark = pytest.mark.skipif(
 TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 5e-4}
 
 
-@pytest.fixture(params=["as short caches", "as long caches"])
-def length_class(request, monkeypatch):
-    """Small shapes get the programs of short caches; the second time those of long ones."""
-    if request.param == "as long caches":
+@pytest.fixture(params=["as short caches", "as long caches", "as long caches on fast memory"])
+def programs(request, monkeypatch):
+    """Small shapes get the programs of short caches, then those of long ones, with loads of their own or the copy engine."""
+    if request.param != "as short caches":
         from dha_peft.kernels import launch
 
+        fast = request.param.endswith("fast memory")
+        if fast and torch.cuda.get_device_capability()[0] < 9:
+            pytest.skip("needs the copy engine of a Hopper GPU")
+        device = replace(launch.device_of(0), bulk=fast)
         monkeypatch.setattr(launch, "_SHORT", 0)
+        monkeypatch.setattr(launch, "device_of", lambda index: device)
 
 
 def make(batch, heads, key_heads, value_heads, tokens, keys, dim, dtype=torch.bfloat16, seed=0, adjacent=False):
@@ -54,19 +60,19 @@ def assert_agrees(args, **options):
 
 @pytest.mark.parametrize("dim", [32, 64, 80, 96, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_head_sizes(dim, dtype, length_class):
+def test_head_sizes(dim, dtype, programs):
     for seed, adjacent in enumerate((False, True, True)):
         assert_agrees(make(2, 12, 3, 5, 1, 333, dim, dtype, seed, adjacent))
 
 
 @pytest.mark.parametrize("heads", [4, 16, 32, 40, 64, 128])
 @pytest.mark.parametrize("tokens", [1, 4])
-def test_numbers_of_query_heads(heads, tokens, length_class):
+def test_numbers_of_query_heads(heads, tokens, programs):
     assert_agrees(make(2, heads, 3, 4, tokens, 700, 128, adjacent=True))
 
 
 @pytest.mark.parametrize("seed", range(36))
-def test_ragged_random_shapes(seed, length_class):
+def test_ragged_random_shapes(seed, programs):
     draw = random.Random(seed)
     batch, tokens = draw.choice([1, 2, 5]), draw.choice([1, 1, 2, 3, 5])
     keys = draw.randint(tokens + 1, 3000)
@@ -101,20 +107,18 @@ def test_long_and_short_caches(keys, heads):
         assert_agrees(make(batch, 32, *heads, 1, keys, 128, adjacent=adjacent))
 
 
-@pytest.mark.parametrize("short, bulk", [(False, False), (False, True), (True, False)])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dim", [64, 128])
-def test_every_tiling_with_any_number_of_programs(short, bulk, masked, dim):
-    from dha_peft.kernels.launch import _device, choose_tiling, launch_decode
+def test_any_number_of_programs(masked, dim, programs):
+    from dha_peft.kernels.launch import launch_decode
 
-    tiling = choose_tiling(32, dim, _device(0)[1], short, bulk)
     for seed, splits in enumerate((1, 3, 8, 50, 300)):
-        args = make(2, 32, 3 + seed, 7, 1, 1100 + 37 * seed, dim, seed=seed, adjacent=bulk)
+        args = make(2, 32, 3 + seed, 7, 1, 1100 + 37 * seed, dim, seed=seed, adjacent=True)
         start, length = torch.tensor([seed, 400], device="cuda"), torch.tensor([1100, 401 + 30 * seed], device="cuda")
         bounds = (
             {"mask": _mask(2, 1, args[1].shape[2], start, length)} if masked else {"start": start, "length": length}
         )
-        out = launch_decode(*args, dim**-0.5, **bounds, tiling=tiling, splits=splits)
+        out = launch_decode(*args, dim**-0.5, **bounds, splits=splits)
         want = naive_decode(*(x.double() for x in args[:3]), *args[3:], **bounds)
         error = (out.double() - want).norm() / want.norm()
         assert error < TOLERANCE[out.dtype], f"relative error {error:.2e} with {splits} programs"
@@ -122,7 +126,7 @@ def test_every_tiling_with_any_number_of_programs(short, bulk, masked, dim):
 
 @pytest.mark.parametrize("adjacent", [False, True])
 @pytest.mark.parametrize("dim", [64, 128])
-def test_what_lies_outside_of_a_sequence_is_never_read(dim, adjacent, length_class):
+def test_what_lies_outside_of_a_sequence_is_never_read(dim, adjacent, programs):
     q, k, v, *maps = make(6, 8, 2, 3, 1, 500, dim, adjacent=adjacent)
     bounds = {
         "start": torch.tensor([0, 0, 0, 71, 72, 499], device="cuda"),
@@ -143,7 +147,7 @@ def test_more_sequences_than_programs_and_empty_ones(keys):
     assert_agrees(args, length=length)
 
 
-def test_compiled_whole_and_in_a_cuda_graph(length_class):
+def test_compiled_whole_and_in_a_cuda_graph(programs):
     args = make(2, 8, 2, 3, 1, 300, 64, adjacent=True)
     mask = torch.ones(2, 1, 1, 300, dtype=torch.bool, device="cuda")
     mask[:, :, :, 200:] = False
