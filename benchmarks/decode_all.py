@@ -33,7 +33,7 @@ OTHERS = ("generate", "prefill")
 PARTS = {
     "single": tuple(f"{name}:{MODE}:16:1x{context}" for context in (512, 4096, 32768) for name in ("mha", "dha+fused")),
     "deep": (f"mha:{MODE}:32:16x4096", f"dha+fused:{MODE}:32:16x4096"),
-    "more": (f"gqa:{MODE}:32:16x4096", "prefill:dynamic:4:4x4096", "generate+dha:static:32:16x2048"),
+    "more": ("gqa:reduce-overhead:32:16x4096", "prefill:dynamic:4:4x4096", "generate+dha:static:32:16x2048"),
     "generate": ("generate+mha:static:16:16x2048", "generate+dha:static:16:16x2048", "generate+dha:dynamic:16:16x2048"),
 }  # fmt: skip
 
