@@ -24,16 +24,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from decode_measure import Result, read_csv, write_csv
-from decode_model import ModelShape, build, generate_results, heads_of, prefill_milliseconds
+from decode_model import ModelShape, build, generate_results, heads_of, prefill_milliseconds, step_mode
 from decode_step import Job
 
 ROOT, BEGIN = Path(__file__).resolve().parents[1], time.time()
-MODE = "reduce-overhead+pdl"
 OTHERS = ("generate", "prefill")
+
+
+def step(name: str, shape: str) -> str:
+    return f"{name}:{step_mode(name)}:{shape}"
+
+
 PARTS = {
-    "single": tuple(f"{name}:{MODE}:16:1x{context}" for context in (512, 4096, 32768) for name in ("mha", "dha+fused")),
-    "deep": (f"mha:{MODE}:32:16x4096", f"dha+fused:{MODE}:32:16x4096"),
-    "more": ("gqa:reduce-overhead:32:16x4096", "prefill:dynamic:4:4x4096", "generate+dha:static:32:16x2048"),
+    "single": tuple(step(name, f"16:1x{context}") for context in (512, 4096, 32768) for name in ("mha", "dha+fused")),
+    "deep": (step("mha", "32:16x4096"), step("dha+fused", "32:16x4096")),
+    "more": (step("gqa", "32:16x4096"), "prefill:dynamic:4:4x4096", "generate+dha:static:32:16x2048"),
     "generate": ("generate+mha:static:16:16x2048", "generate+dha:static:16:16x2048", "generate+dha:dynamic:16:16x2048"),
 }  # fmt: skip
 

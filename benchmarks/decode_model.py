@@ -17,6 +17,8 @@ from dha_peft.models.cache_view import CacheView
 from dha_peft.plan import DHAPlan, LayerPlan
 
 WARM_STEPS = 6
+# What a mode may be followed by, as in "reduce-overhead+pdl": inductor's programmatic launches, one kernel for several.
+EXTRA = {"pdl": "triton.enable_pdl", "combo": "combo_kernels"}
 Groups = tuple[tuple[int, ...], ...]
 
 
@@ -92,23 +94,36 @@ def filled_cache(
     return cache
 
 
+def step_mode(name: str) -> str:
+    """How a model's step is compiled: GQA of transformers is slower with the extras, the others are faster."""
+    return "reduce-overhead" if name == "gqa" else "reduce-overhead+pdl+combo"
+
+
+def compile_step(step: Callable[[torch.Tensor], torch.Tensor], mode: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    import torch._inductor
+
+    name, *extra = mode.split("+")
+    options = {**torch._inductor.list_mode_options(name), **dict.fromkeys(map(EXTRA.get, extra), True)}
+    return torch.compile(step, options=options, fullgraph=True)
+
+
 def decode_loop(
-    model: PreTrainedModel, cache: StaticCache | DynamicCache, batch: int, compiled: bool
+    model: PreTrainedModel, cache: StaticCache | DynamicCache, batch: int, mode: str | None
 ) -> Callable[[int], None]:
-    """Takes so many greedy decode steps, argmax included, and waits for the last one."""
+    """Takes so many greedy decode steps, argmax included, and waits for the last one. Without a mode nothing is compiled."""
     device = next(model.parameters()).device
     token = torch.zeros(batch, 1, dtype=torch.long, device=device)
 
     def step(token: torch.Tensor) -> torch.Tensor:
         return model(token, past_key_values=cache, use_cache=True).logits[:, -1].argmax(-1, keepdim=True)
 
-    run = torch.compile(step, mode="reduce-overhead", fullgraph=True) if compiled else step
+    run = step if mode is None else compile_step(step, mode)
 
     @torch.no_grad()
     def steps(count: int) -> None:
         nonlocal token
         for _ in range(count):
-            if compiled:
+            if mode is not None:
                 torch.compiler.cudagraph_mark_step_begin()
             token = run(token).clone()
         _synchronize(device)
@@ -165,7 +180,7 @@ def model_results(
     names: list[str], shape: ModelShape, device: torch.device, dtype: torch.dtype, copy: float, steps: int, kind: str,
     compiled: bool, largest: bool,
 ) -> Iterator[Result]:  # fmt: skip
-    """Measure every named model in turn; only one is in memory at a time."""
+    """Measure every named model in turn, ours with its projections fused; only one is in memory at a time."""
     for name in names:
         model = build(name, shape, device, dtype)
         heads = heads_of(name, shape)
@@ -174,9 +189,10 @@ def model_results(
             *heads, shape.hidden // shape.query_heads, str(dtype).removeprefix("torch."), device.type,
         )  # fmt: skip
         try:
-            _fill(result, model, shape, steps, kind, compiled, copy)
+            mode = (step_mode(name) if device.type == "cuda" else "reduce-overhead") if compiled else None
+            _fill(result, model, shape, steps, kind, mode, copy)
             if largest and device.type == "cuda":
-                result.largest_batch = largest_batch(model, shape)
+                result.largest_batch = largest_batch(model, shape, heads)
         except RuntimeError as error:
             result.note = str(error).splitlines()[0][:120]
         yield result
@@ -193,7 +209,7 @@ def generate_results(
     """`model.generate` beside the plain loop with the same cache type; `ready` is called when both have compiled.
 
     Dynamic is what `generate` takes by default, and nothing is compiled. With "static" `generate` compiles by itself on
-    CUDA, so the loop is compiled too.
+    CUDA, so the loop is compiled too, in the same mode.
     """
     for name in names:
         yield from _generate_results(name, shape, device, dtype, steps, kind, ready)
@@ -205,7 +221,9 @@ def _generate_results(
 ) -> Iterator[Result]:  # fmt: skip
     model = build(name, shape, device, dtype)
     cache = filled_cache(model, shape, shape.batch, kind, WARM_STEPS + 3 * steps)
-    loop = decode_loop(model, cache, shape.batch, kind == "static" and device.type == "cuda")
+    loop = decode_loop(
+        model, cache, shape.batch, "reduce-overhead" if kind == "static" and device.type == "cuda" else None
+    )
     options = {"cache_implementation": "static"} if kind == "static" else {}
     ways = {
         "generate": lambda: generate_milliseconds(model, shape.batch, shape.context, steps, **options),
@@ -230,16 +248,19 @@ def _generate_results(
 
 
 def _fill(
-    result: Result, model: PreTrainedModel, shape: ModelShape, steps: int, kind: str, compiled: bool, copy: float
+    result: Result, model: PreTrainedModel, shape: ModelShape, steps: int, kind: str, mode: str | None, copy: float
 ) -> None:
     device = next(model.parameters()).device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     cache = filled_cache(model, shape, shape.batch, kind, WARM_STEPS + steps)
-    loop = decode_loop(model, cache, shape.batch, compiled)
+    read = step_bytes(model, shape, (result.key_heads, result.value_heads))
+    if hasattr(model, "fuse_projections"):
+        model.fuse_projections()
+    loop = decode_loop(model, cache, shape.batch, mode)
     loop(WARM_STEPS)
     result.ms = step_milliseconds(loop, steps)
-    result.gb_s = step_bytes(model, shape, (result.key_heads, result.value_heads)) / result.ms / 1e6
+    result.gb_s = read / result.ms / 1e6
     result.share_of_copy, result.tokens_s = result.gb_s / copy, shape.batch / result.ms * 1000
     if device.type == "cuda":
         result.peak_gib = torch.cuda.max_memory_allocated() / 2**30
@@ -261,13 +282,14 @@ def heads_of(name: str, shape: ModelShape) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def largest_batch(model: PreTrainedModel, shape: ModelShape) -> int:
-    """Largest batch whose static cache of `context` tokens is really allocated and takes a decode step."""
+def largest_batch(model: PreTrainedModel, shape: ModelShape, heads: tuple[int, int]) -> int:
+    """Largest batch whose static cache of `context` tokens is really allocated and takes a decode step.
+
+    `heads`: key heads and value heads of a layer, for a first guess."""
     torch._dynamo.reset()
     torch.cuda.empty_cache()
-    head_dim, layers = shape.hidden // shape.query_heads, model.model.layers
-    heads = sum(m.out_features for m in (layers[0].self_attn.k_proj, layers[0].self_attn.v_proj)) // head_dim
-    batch = int(torch.cuda.mem_get_info()[0] // (heads * head_dim * 2 * len(layers) * shape.context))
+    per_token = sum(heads) * (shape.hidden // shape.query_heads) * 2 * shape.layers
+    batch = int(torch.cuda.mem_get_info()[0] // (per_token * shape.context))
     while batch > 0 and not _fits(model, shape, batch):
         batch = min(batch - 1, int(batch * 0.99))
     return batch

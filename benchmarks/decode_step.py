@@ -22,13 +22,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 ROOM, REPEATS = 120, 3
-EXTRA = {"combo": "combo_kernels", "pdl": "triton.enable_pdl"}
 
 
 def worker(job: str) -> None:
     import torch
-    import torch._inductor
-    from decode_model import ModelShape, build, filled_cache, heads_of, step_bytes
+    from decode_model import ModelShape, build, compile_step, filled_cache, heads_of, step_bytes
 
     import dha_peft  # noqa: F401  plugs the kernel in
 
@@ -49,9 +47,7 @@ def worker(job: str) -> None:
         def plain(ids):
             return model(ids, past_key_values=cache, use_cache=True).logits[:, -1].argmax(-1, keepdim=True)
 
-        name, *extra = mode.split("+")
-        options = {**torch._inductor.list_mode_options(name), **dict.fromkeys(map(EXTRA.get, extra), True)}
-        compiled = torch.compile(plain, options=options, fullgraph=True)
+        compiled = compile_step(plain, mode)
 
         def steps(count: int, token):
             for _ in range(count):
