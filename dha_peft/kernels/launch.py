@@ -35,7 +35,7 @@ class Tiling:
     """Shape of one program: `rows` (query heads x tokens), `keys` per tile, and what it needs of a multiprocessor.
 
     With `bulk` the tiles come through the chip's copy engine, which costs a program fewer instructions than loads of its
-    own, but copies whole tiles only, from caches that lie as `_one_array` says.
+    own, but copies whole tiles only, and only from caches that `_are_rows`.
     """
 
     rows: int
@@ -158,6 +158,7 @@ def launch_decode(
         short = batch * num_keys <= _SHORT * device.processors
         tiling = choose_tiling(rows, block_d, device.shared_memory, short, device.bulk)
     bulk = tiling.bulk and _are_rows(k, v)
+    tiles = _one_array(k, v, tiling.keys) if bulk else k
     row_blocks = -(-rows // tiling.rows)
     slots = device.processors * tiling.per_processor
     heads_read = k.shape[1] + v.shape[1]
@@ -167,7 +168,7 @@ def launch_decode(
     part, lse = _partials(q, splits, rows)
     with on_device_of(q):
         attend_kernel[(splits, row_blocks, batch)](
-            q, k, v, _one_array(k, v, tiling.keys) if bulk else k, key_map, value_map, *_mask_pointer(mask, q), q if start is None else start,
+            q, k, v, tiles, key_map, value_map, *_mask_pointer(mask, q), q if start is None else start,
             q if length is None else length, q if plain is None else plain, out, part, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
             *_mask_strides(mask), *out.stride()[:3], k.shape[1], v.shape[1], num_keys, rows, splits, scale * _LOG2E,
             0.0 if _mask_kind(mask) < 2 else torch.finfo(mask.dtype).min / 2,
