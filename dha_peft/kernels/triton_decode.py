@@ -66,13 +66,14 @@ def _hide(
 
 @triton.jit
 def _attend(
-    q, key_of, value_of, token, k_ptr, v_ptr, tiles_ptr, to_keys, to_values, k_sh, k_ss, v_sh, v_ss, key_heads, value_heads,
+    q, key_of, value_of, token, k_ptr, tiles_ptr, to_keys, to_values, k_sh, k_ss, v_sh, v_ss, key_heads, value_heads,
     block, unit, stride, end, scale, holes, mask_ptr, mask_st, mask_ss, lowest,
     TOKENS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     STAGES: tl.constexpr, ALIGN: tl.constexpr, MASK: tl.constexpr, BULK: tl.constexpr,
 ):  # fmt: skip
     """What these rows find in the keys from `block` on, `unit` of every `stride`: values `[d, rows]` weighted by exp2(score
-    - top), those weights' sums and tops, both `[rows]`. `to_keys` and `to_values` lead from `k_ptr` to the sequence."""
+    - top), those weights' sums and tops, both `[rows]`. `to_keys` and `to_values` lead to the sequence, from `k_ptr` or, with
+    BULK, from the start of the array."""
     dim, col = tl.arange(0, BLOCK_D), tl.arange(0, KEYS)
     in_dim = dim < DIM
     top = tl.full([ROWS], LOWEST, tl.float32)
@@ -80,10 +81,6 @@ def _attend(
     out = tl.zeros([BLOCK_D, ROWS], tl.float32)
     scores = tl.zeros([KEYS, ROWS], tl.float32)
     probs = scores.to(q.dtype)
-    if BULK:
-        size: tl.constexpr = k_ptr.dtype.element_ty.primitive_bitwidth // 8
-        above = (k_ptr.to(tl.int64) - tl.minimum(k_ptr.to(tl.int64), v_ptr.to(tl.int64))) // size
-        to_keys, to_values = to_keys + above, to_values + above
     tiles = key_heads + value_heads
     tile = tl.full([], 0, tl.int32)
     for _ in tl.range(0, tl.cdiv(tl.maximum(end - block, 0), stride) * tiles, num_stages=STAGES):
@@ -163,19 +160,20 @@ def attend_kernel(
     q = tl.load(q_ptr + at[None, :] + dim[:, None], mask=real[None, :] & in_dim[:, None], other=0.0)
 
     # Keys and values are addressed from one base pointer, so that one load in the loop serves both.
-    to_values = (v_ptr.to(tl.int64) - k_ptr.to(tl.int64)) // (k_ptr.dtype.element_ty.primitive_bitwidth // 8)
-    to_values, to_keys = to_values + batch * v_sb, batch * k_sb
+    apart = (v_ptr.to(tl.int64) - k_ptr.to(tl.int64)) // (k_ptr.dtype.element_ty.primitive_bitwidth // 8)
+    to_keys, to_values = batch * k_sb, apart + batch * v_sb
     block, stride, mask_ptr = begin + split * unit, unit * num_splits, mask_ptr + batch * mask_sb
     # A whole tile would reach beyond a sequence that is shorter, and what lies there may be no number.
     if BULK and end - begin >= KEYS:
+        low = tl.minimum(apart, 0)  # the array begins with the cache at the lower address
         out, total, top = _attend(
-            q, key_of, value_of, token, k_ptr, v_ptr, tiles_ptr, to_keys, to_values, k_sh, k_ss, v_sh, v_ss, key_heads, value_heads,
+            q, key_of, value_of, token, k_ptr, tiles_ptr, to_keys - low, to_values - low, k_sh, k_ss, v_sh, v_ss, key_heads, value_heads,
             block, unit, stride, end, scale, holes, mask_ptr, mask_st, mask_ss, lowest,
             TOKENS, DIM, BLOCK_D, ROWS, KEYS, STAGES, ALIGN, MASK, True,
         )  # fmt: skip
     else:
         out, total, top = _attend(
-            q, key_of, value_of, token, k_ptr, v_ptr, tiles_ptr, to_keys, to_values, k_sh, k_ss, v_sh, v_ss, key_heads, value_heads,
+            q, key_of, value_of, token, k_ptr, tiles_ptr, to_keys, to_values, k_sh, k_ss, v_sh, v_ss, key_heads, value_heads,
             block, unit, stride, end, scale, holes, mask_ptr, mask_st, mask_ss, lowest,
             TOKENS, DIM, BLOCK_D, ROWS, KEYS, 1 if BULK else STAGES, ALIGN, MASK, False,
         )  # fmt: skip
