@@ -26,7 +26,7 @@ ROOM, REPEATS = 120, 3
 
 def worker(job: str) -> None:
     import torch
-    from decode_model import ModelShape, build, compile_step, filled_cache, heads_of, step_bytes
+    from decode_model import ModelShape, build, decode_loop, filled_cache, heads_of, step_bytes, step_milliseconds
 
     import dha_peft  # noqa: F401  plugs the kernel in
 
@@ -38,40 +38,24 @@ def worker(job: str) -> None:
     model = build(kind, shape, device, torch.bfloat16)
     read = step_bytes(model, shape, heads_of(kind, shape))
     cache = filled_cache(model, shape, shape.batch, "static", ROOM)
-    with torch.no_grad():
-        if model_name.endswith("+fused"):
-            model.fuse_projections()
-        torch.cuda.empty_cache()
-        token = torch.zeros(shape.batch, 1, dtype=torch.long, device=device)
+    if model_name.endswith("+fused"):
+        model.fuse_projections()
+    torch.cuda.empty_cache()
+    steps = decode_loop(model, cache, shape.batch, mode)
+    steps(5)
+    print("READY", round(time.perf_counter() - begin, 1), flush=True)
+    sys.stdin.readline()
+    times = []
+    for _ in range(REPEATS):
+        steps(2)
+        times.append(step_milliseconds(steps, 20))
+    result = {"job": job, "ms": sorted(times)[REPEATS // 2], "all_ms": times, "bytes": read}
+    result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    print("RESULT", json.dumps(result), flush=True)
+    from torch.profiler import ProfilerActivity, profile
 
-        def plain(ids):
-            return model(ids, past_key_values=cache, use_cache=True).logits[:, -1].argmax(-1, keepdim=True)
-
-        compiled = compile_step(plain, mode)
-
-        def steps(count: int, token):
-            for _ in range(count):
-                torch.compiler.cudagraph_mark_step_begin()
-                token = compiled(token).clone()
-            torch.cuda.synchronize()
-            return token
-
-        token = steps(5, token)
-        print("READY", round(time.perf_counter() - begin, 1), flush=True)
-        sys.stdin.readline()
-        times = []
-        for _ in range(REPEATS):
-            token = steps(2, token)
-            start = time.perf_counter()
-            token = steps(20, token)
-            times.append((time.perf_counter() - start) / 20 * 1000)
-        result = {"job": job, "ms": sorted(times)[REPEATS // 2], "all_ms": times, "bytes": read}
-        result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        print("RESULT", json.dumps(result), flush=True)
-        from torch.profiler import ProfilerActivity, profile
-
-        with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-            steps(4, token)
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        steps(4)
     spent: dict[str, list[float]] = {}
     busy, first, last = 0.0, float("inf"), 0.0
     for event in profiled.events():
